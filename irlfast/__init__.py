@@ -1,0 +1,3 @@
+"""irlfast: fused token statistics and inverse reinforcement learning for language models."""
+
+__version__ = "0.1.0"
