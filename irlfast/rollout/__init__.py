@@ -1,0 +1,15 @@
+"""Rollouts: what is sampled from a policy, and the engines that sample it."""
+
+from .base import RolloutEngine, Rollouts, SamplingParams, Sequences
+from .sampling import SampledTokens, sample_tokens
+from .transformers_engine import TransformersEngine
+
+__all__ = [
+    "RolloutEngine",
+    "Rollouts",
+    "SampledTokens",
+    "SamplingParams",
+    "Sequences",
+    "TransformersEngine",
+    "sample_tokens",
+]

@@ -1,0 +1,445 @@
+"""Sample from a transformers causal language model, or any causal module of its shape, in this process.
+
+The loop is written out rather than left to `model.generate`: it keeps the log-prob of every token under the sampler
+exactly as it sampled, draws from a generator of its own, and costs little Python per token, which small models feel.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Rollouts, SamplingParams, Sequences
+from .sampling import sample_tokens
+
+# A step costs nearly the same for 3/4 of the rows; dropping fewer does not repay copying the cache.
+_COMPACT_AT = 0.7
+# Looking whether rows have ended stalls an accelerator, so it is done once in so many steps there.
+_ACCELERATOR_CHECK_EVERY = 8
+
+
+class TransformersEngine:
+    """Batched sampling with a key-value cache.
+
+    The engine shares the module: what an optimiser does to it is seen by the next `generate`. Dropout is off while
+    sampling, and every submodule gets its mode back. Nothing is tracked for autograd; the tensors returned are ordinary
+    ones that autograd may use.
+
+    With a seed, a row's random numbers depend on the seed, the row's index and max_new_tokens alone, not on which other
+    rows are in the batch or when those end. Its logits may still differ in the last bits with the size of the batch, as
+    matrix products do.
+
+    Args:
+        model: called as model(input_ids=, attention_mask=, position_ids=, past_key_values=, use_cache=), as far as its
+            `forward` has these parameters, and returns logits [B, S, V] or an object with `.logits`. Without
+            `.past_key_values` in its output the whole prefix is run again for every token: right, but slow.
+        eos_token_id: the id, or the ids, that end a response.
+        pad_token_id: fills the right of shorter rows; may be equal to an EOS id, since the masks tell them apart.
+        device: where the module is; by default the device of its first parameter. The module is never moved.
+        dtype: run the module under torch.autocast with this dtype; None runs it as it is.
+        max_batch_size: most rows sampled at once; None is all.
+
+    Raises:
+        ValueError: a token id outside the vocabulary, an encoder-decoder model, or a device the module is not on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        eos_token_id: int | Sequence[int],
+        pad_token_id: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        max_batch_size: int | None = None,
+    ) -> None:
+        config: Any = getattr(model, "config", None)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError(f"{type(model).__name__} is an encoder-decoder model; a causal language model is needed")
+        text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.vocab_size: int | None = getattr(text_config, "vocab_size", None)
+        self.max_length: int | None = getattr(text_config, "max_position_embeddings", None)
+        self.device = _device_of(model, device)
+        self.dtype = dtype
+        if max_batch_size is not None and max_batch_size < 1:
+            raise ValueError(f"max_batch_size must be at least 1, or None for no limit, got {max_batch_size}")
+        self.max_batch_size = max_batch_size
+        self.eos_token_ids = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+        if not self.eos_token_ids:
+            raise ValueError("eos_token_id is empty: give at least one id")
+        self.pad_token_id = pad_token_id
+        for name, token in (*(("eos_token_id", t) for t in self.eos_token_ids), ("pad_token_id", pad_token_id)):
+            if token is None or not self._in_vocabulary(token):
+                raise ValueError(f"{name} = {token} is outside the vocabulary [0, {self.vocab_size})")
+        self.version = 0
+        self._model: nn.Module | None = model
+        self._eos = torch.tensor(self.eos_token_ids, device=self.device)
+        parameters = inspect.signature(model.forward).parameters
+        self._accepted = frozenset(parameters)
+        self._accepts_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self._use_cache = self._accepts("past_key_values") and self._accepts("use_cache")
+
+    @property
+    def model(self) -> nn.Module:
+        """The module sampled from."""
+        if self._model is None:
+            raise RuntimeError("this engine was closed; make a new one")
+        return self._model
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, return_hidden_states: bool = False
+    ) -> Rollouts:
+        """Sample `params.n` responses to each prompt.
+
+        Args:
+            prompts: token ids, at least one prompt, each with at least one token.
+            params: see SamplingParams. The global random state is neither read nor changed.
+            return_hidden_states: also give the last layer's states at every token (one pass over the finished rows).
+
+        Returns:
+            Rollouts on the engine's device; row i answers prompt i // n, EOS is the last token of a row that ended.
+
+        Raises:
+            ValueError: no prompt, an empty prompt, a token outside the vocabulary, or more than the model's context.
+            FloatingPointError: the model gave NaN logits.
+            RuntimeError: the engine was closed.
+        """
+        model = self.model
+        token_lists = [list(prompt) for prompt in prompts]
+        self._check_prompts(token_lists, params.max_new_tokens)
+        generator = torch.Generator()
+        if params.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(params.seed)
+        rows = len(token_lists) * params.n
+        uniforms = torch.rand(rows, params.max_new_tokens, dtype=torch.float64, generator=generator).to(self.device)
+        batch = self.max_batch_size or rows
+        with _eval_mode(model), self._autocast():
+            parts = [
+                self._sample_rows(token_lists, range(low, min(low + batch, rows)), params, uniforms)
+                for low in range(0, rows, batch)
+            ]
+        rollouts = parts[0] if len(parts) == 1 else Rollouts.concat(parts, self.pad_token_id)
+        if not bool(rollouts.model_logprobs.isfinite().all()):
+            row = int((~rollouts.model_logprobs.isfinite()).any(1).nonzero()[0])
+            raise FloatingPointError(
+                f"the model gave NaN logits for row {row} (prompt {row // params.n}): check its weights"
+            )
+        if return_hidden_states:
+            values = {name: getattr(rollouts, name) for name in rollouts.__dataclass_fields__}
+            return Rollouts(**{**values, "hidden_states": self.hidden_states(rollouts)})
+        return rollouts
+
+    @torch.no_grad()
+    def hidden_states(self, sequences: Sequences) -> Tensor:
+        """The last layer's states after the final norm, [B, S, H], at every token of `sequences`; 0 on padding.
+
+        Use it for demonstrations, so that they and the rollouts are looked at in the same way.
+        """
+        model = self.model
+        if sequences.input_ids.device != self.device:
+            sequences = sequences.to(self.device)
+        size = self.max_batch_size or max(len(sequences), 1)
+        with _eval_mode(model), self._autocast():
+            parts = [
+                self._hidden(sequences.input_ids[low : low + size], sequences.attention_mask[low : low + size])
+                for low in range(0, len(sequences), size)
+            ]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def update_weights(self, state_dict: Mapping[str, Tensor] | None, version: int) -> None:
+        """Set `version`, and load `state_dict`, or nothing if it is None: right where the policy is this very module.
+
+        Raises:
+            ValueError: names or shapes that do not fit the model; then nothing was changed.
+        """
+        if state_dict is not None:
+            _load_weights(self.model, state_dict)
+        self.version = version
+
+    def close(self) -> None:
+        """Let go of the module."""
+        self._model = None
+
+    def _accepts(self, name: str) -> bool:
+        return self._accepts_any or name in self._accepted
+
+    def _in_vocabulary(self, token: int) -> bool:
+        return token >= 0 and (self.vocab_size is None or token < self.vocab_size)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.dtype is None else torch.autocast(self.device.type, dtype=self.dtype)
+
+    def _check_prompts(self, prompts: list[list[int]], max_new_tokens: int) -> None:
+        if not prompts:
+            raise ValueError("prompts is empty: give at least one prompt")
+        for i, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError(f"prompts[{i}] is empty: a prompt needs at least one token, e.g. the BOS id")
+            for position, token in enumerate(prompt):
+                if not self._in_vocabulary(token):
+                    raise ValueError(
+                        f"prompts[{i}][{position}] = {token} is outside the vocabulary [0, {self.vocab_size})"
+                    )
+            if self.max_length is not None and len(prompt) + max_new_tokens > self.max_length:
+                raise ValueError(
+                    f"prompts[{i}] has {len(prompt)} tokens; with max_new_tokens = {max_new_tokens} that exceeds the "
+                    f"model's context of {self.max_length}: shorten the prompt or lower max_new_tokens"
+                )
+
+    def _forward(self, input_ids: Tensor, **inputs: Any) -> Any:
+        accepted = {name: value for name, value in inputs.items() if value is not None and self._accepts(name)}
+        return self.model(input_ids=input_ids, **accepted)
+
+    def _sample_rows(self, prompts: list[list[int]], rows: range, params: SamplingParams, uniforms: Tensor) -> Rollouts:
+        """Sample the given rows of the whole result."""
+        first = rows[0] // params.n
+        chunk = prompts[first : rows[-1] // params.n + 1]
+        source = torch.tensor([row // params.n - first for row in rows], device=self.device)
+        uniforms = uniforms[rows[0] : rows[-1] + 1]
+        sampled = self._decode_cached(chunk, source, uniforms, params) if self._use_cache else None
+        if sampled is None:
+            sampled = self._decode_uncached(chunk, source, uniforms, params)
+        return self._lay_out([prompts[row // params.n] for row in rows], rows, params, *sampled)
+
+    def _decode_cached(
+        self, prompts: list[list[int]], source: Tensor, uniforms: Tensor, params: SamplingParams
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Tokens, sampler and model log-probs [B, T]; None where the model has no cache to take rows of."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        width = int(lengths.max())
+        # Left-padded, so that the last column is every prompt's last token.
+        ids = torch.tensor([[self.pad_token_id] * (width - len(p)) + p for p in prompts], device=self.device)
+        real = torch.arange(width, device=self.device) >= (width - lengths)[:, None]
+        ragged = not bool(real.all())
+        output = self._forward(
+            ids,
+            attention_mask=real.long() if ragged else None,
+            position_ids=(real.long().cumsum(1) - 1).clamp_(min=0),
+            use_cache=True,
+            logits_to_keep=1 if "logits_to_keep" in self._accepted else None,
+        )
+        cache = getattr(output, "past_key_values", None)
+        if cache is None or not hasattr(cache, "reorder_cache"):
+            self._use_cache = False
+            return None
+        logits = output.logits[:, -1]
+        if params.n > 1:  # each prompt was read once; its samples start from copies of its cache
+            cache.reorder_cache(source)
+            logits = logits[source]
+        mask = None
+        if ragged:
+            grown = torch.ones(len(source), params.max_new_tokens, dtype=torch.int64, device=self.device)
+            mask = torch.cat([real.long()[source], grown], dim=1)
+        positions = lengths[source][:, None]
+        trace = _Trace(len(source), params.max_new_tokens, self._eos, self.pad_token_id)
+        for step in range(params.max_new_tokens):
+            drawn = sample_tokens(logits, uniforms[:, step], params)
+            trace.record(step, drawn)
+            if step + 1 == params.max_new_tokens:
+                break
+            tokens = drawn.tokens
+            keep = trace.live_rows(step)
+            if keep is not None:
+                if keep.numel() == 0:
+                    break
+                cache.reorder_cache(keep)
+                tokens, uniforms, positions = tokens[keep], uniforms[keep], positions[keep]
+                mask = None if mask is None else mask[keep]
+            output = self._forward(
+                tokens[:, None],
+                attention_mask=None if mask is None else mask[:, : width + step + 1],
+                position_ids=positions + step,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache, logits = output.past_key_values, output.logits[:, -1]
+        return trace.result()
+
+    def _decode_uncached(
+        self, prompts: list[list[int]], source: Tensor, uniforms: Tensor, params: SamplingParams
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_decode_cached`, running the whole prefix for every token.
+
+        Rows are right-padded here: a causal module does not look to the right, so one without a mask serves as well.
+        """
+        width = max(len(prompt) for prompt in prompts)
+        total = width + params.max_new_tokens
+        padded = [p + [self.pad_token_id] * (total - len(p)) for p in prompts]
+        ids = torch.tensor(padded, device=self.device)[source]
+        ends = torch.tensor([len(prompt) for prompt in prompts], device=self.device)[source]
+        column = torch.arange(total, device=self.device)
+        trace = _Trace(len(source), params.max_new_tokens, self._eos, self.pad_token_id)
+        for step in range(params.max_new_tokens):
+            seen = int(ends.max())
+            output = self._forward(
+                ids[:, :seen],
+                attention_mask=(column[:seen] < ends[:, None]).long(),
+                position_ids=column[:seen].expand(len(ids), seen),
+                use_cache=False,
+            )
+            logits = _logits(output)[torch.arange(len(ids), device=self.device), ends - 1]
+            drawn = sample_tokens(logits, uniforms[:, step], params)
+            trace.record(step, drawn)
+            ids.scatter_(1, ends[:, None], drawn.tokens[:, None])
+            ends = ends + 1
+            keep = trace.live_rows(step)
+            if keep is not None:
+                if keep.numel() == 0:
+                    break
+                ids, ends, uniforms = ids[keep], ends[keep], uniforms[keep]
+        return trace.result()
+
+    def _lay_out(
+        self,
+        prompts: list[list[int]],
+        rows: range,
+        params: SamplingParams,
+        tokens: Tensor,
+        sampler_logprobs: Tensor,
+        model_logprobs: Tensor,
+    ) -> Rollouts:
+        """Right-padded rollouts from prompts and sampled columns [B, T], which go on after a row's EOS."""
+        ended = torch.isin(tokens, self._eos)
+        stopped = ended.any(1)
+        lengths = torch.where(stopped, ended.int().argmax(1) + 1, tokens.shape[1])
+        starts = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        ends = starts + lengths
+        column = torch.arange(int(ends.max()), device=self.device)
+        real = column < ends[:, None]
+        response = real & (column >= starts[:, None])
+        widest = int(starts.max())
+        prompt_ids = torch.tensor([p + [self.pad_token_id] * (widest - len(p)) for p in prompts], device=self.device)
+        ids = torch.full(real.shape, self.pad_token_id, device=self.device)
+        ids[:, :widest] = prompt_ids[:, : ids.shape[1]]
+        valid = torch.arange(tokens.shape[1], device=self.device) < lengths[:, None]
+
+        def place(values: Tensor) -> Tensor:
+            return torch.zeros(real.shape, device=self.device).masked_scatter(response, values[valid].float())
+
+        return Rollouts(
+            input_ids=ids.masked_scatter(response, tokens[valid]),
+            attention_mask=real,
+            response_mask=response,
+            groups=torch.tensor([row // params.n for row in rows], device=self.device),
+            sampler_logprobs=place(sampler_logprobs),
+            model_logprobs=place(model_logprobs),
+            finish_reasons=tuple("stop" if s else "length" for s in stopped.tolist()),
+        )
+
+    def _hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """[B, S, H] of right-padded rows."""
+        positions = torch.arange(input_ids.shape[1], device=self.device).expand_as(input_ids)
+        inputs: dict[str, Any] = {
+            "attention_mask": attention_mask.long(),
+            "position_ids": positions,
+            "use_cache": False,
+        }
+        base = getattr(self.model, "base_model", None)
+        states = None
+        if isinstance(base, nn.Module) and base is not self.model:  # without the output layer: no logits are computed
+            accepted = {name: value for name, value in inputs.items() if _takes(base, name)}
+            states = getattr(base(input_ids=input_ids, **accepted), "last_hidden_state", None)
+        if states is None and self._accepts("output_hidden_states"):
+            output = self._forward(input_ids, output_hidden_states=True, **inputs)
+            layers = getattr(output, "hidden_states", None)
+            states = None if layers is None else layers[-1]
+        if states is None:
+            raise TypeError(
+                f"{type(self.model).__name__} gives no hidden states: its forward must take output_hidden_states=True "
+                "and return an object whose hidden_states[-1] is the last layer after the final norm"
+            )
+        return states.masked_fill(~attention_mask[..., None], 0.0)
+
+
+class _Trace:
+    """What was sampled, [B, T], while rows that have ended drop out of the running batch."""
+
+    def __init__(self, rows: int, steps: int, eos: Tensor, pad_token_id: int) -> None:
+        device = eos.device
+        self._eos = eos
+        self._tokens = torch.full((steps, rows), pad_token_id, device=device)
+        self._logprobs = torch.zeros(2, steps, rows, device=device)
+        self._rows: Tensor | None = None
+        self._live = torch.ones(rows, dtype=torch.bool, device=device)
+        self._steps = 0
+        self._check_every = 1 if device.type == "cpu" else _ACCELERATOR_CHECK_EVERY
+
+    def record(self, step: int, drawn: tuple[Tensor, Tensor, Tensor]) -> None:
+        tokens, sampler_logprobs, model_logprobs = drawn
+        rows = slice(None) if self._rows is None else self._rows
+        self._tokens[step, rows] = tokens
+        self._logprobs[0, step, rows] = sampler_logprobs.float()
+        self._logprobs[1, step, rows] = model_logprobs.float()
+        self._live &= ~torch.isin(tokens, self._eos) if len(self._eos) > 1 else tokens != self._eos
+        self._steps = step + 1
+
+    def live_rows(self, step: int) -> Tensor | None:
+        """Which rows of the running batch to go on with, or None for all of them."""
+        if (step + 1) % self._check_every:
+            return None
+        live = int(self._live.sum())
+        if live > _COMPACT_AT * len(self._live):
+            return None
+        keep = self._live.nonzero()[:, 0]
+        self._rows = keep if self._rows is None else self._rows[keep]
+        self._live = self._live[keep]
+        return keep
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, logprobs = self._tokens[: self._steps].T, self._logprobs[:, : self._steps].transpose(1, 2)
+        return tokens, logprobs[0], logprobs[1]
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, and each submodule's own mode again outside."""
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        return torch.device("cpu" if device is None else device)
+    if device is not None:
+        wanted = torch.device(device)
+        if wanted.type != parameter.device.type or wanted.index not in (None, parameter.device.index):
+            raise ValueError(f"device = {wanted}, but the model is on {parameter.device}: move the model first")
+    return parameter.device
+
+
+def _takes(module: nn.Module, name: str) -> bool:
+    parameters = inspect.signature(module.forward).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _logits(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def _load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Load all of `state_dict`, or nothing. A tied weight may be given under any one of its names."""
+    own = model.state_dict(keep_vars=True)
+    given = {own[name].data_ptr() for name in state_dict if name in own}
+    missing = [name for name, value in own.items() if name not in state_dict and value.data_ptr() not in given]
+    unknown = [name for name in state_dict if name not in own]
+    if missing or unknown:
+        raise ValueError(f"state_dict does not fit the model: missing {missing[:5]}, unknown {unknown[:5]}")
+    for name, value in state_dict.items():
+        if value.shape != own[name].shape:
+            raise ValueError(f"state_dict[{name!r}] has shape {list(value.shape)}, the model {list(own[name].shape)}")
+    model.load_state_dict(dict(state_dict), strict=False)
