@@ -89,7 +89,7 @@ class RewardNormalizer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> RewardNormalizer:
         # A cast of the whole model (.to(bfloat16)) must not round the statistics; a move to a device applies to them.
-        kept = {name: buffer for name, buffer in self.named_buffers(recurse=False)}
+        kept = dict(self.named_buffers(recurse=False))
         super()._apply(fn, *args, **kwargs)
         for name, buffer in kept.items():
             setattr(self, name, buffer.to(getattr(self, name).device))
