@@ -1,0 +1,1 @@
+#include "isa/softmax_spans.h"

@@ -1,0 +1,1 @@
+"""Fused, differentiable statistics of token distributions."""
