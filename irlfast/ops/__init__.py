@@ -3,5 +3,15 @@
 from irlfast.ops.importance import ImportanceWeights, importance_weights
 from irlfast.ops.kl_estimate import kl_estimate
 from irlfast.ops.sequence import sequence_logprobs
+from irlfast.ops.token_stats import TokenStats, token_logprobs, token_stats, token_stats_reference
 
-__all__ = ["ImportanceWeights", "importance_weights", "kl_estimate", "sequence_logprobs"]
+__all__ = [
+    "ImportanceWeights",
+    "TokenStats",
+    "importance_weights",
+    "kl_estimate",
+    "sequence_logprobs",
+    "token_logprobs",
+    "token_stats",
+    "token_stats_reference",
+]

@@ -1,0 +1,195 @@
+// The Python module irlfast._native: the only file that includes pybind11.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "irlfast/dtype.h"
+#include "irlfast/huge_pages.h"
+#include "irlfast/isa.h"
+#include "irlfast/token_stats.h"
+
+namespace py = pybind11;
+
+namespace {
+
+std::vector<std::string> split(const std::string& text) {
+  std::vector<std::string> parts;
+  size_t begin = 0;
+  while (begin < text.size()) {
+    size_t end = text.find(',', begin);
+    if (end == std::string::npos) end = text.size();
+    parts.push_back(text.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  return parts;
+}
+
+std::string compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "gcc " __VERSION__;
+#else
+  return "unknown";
+#endif
+}
+
+py::dict build_info() {
+  py::list built, usable;
+  for (irlfast::Isa isa : irlfast::built_isas()) {
+    built.append(irlfast::isa_name(isa));
+    if (irlfast::isa_runs_here(isa)) usable.append(irlfast::isa_name(isa));
+  }
+  py::dict info;
+  info["version"] = IRLFAST_VERSION;
+  info["compiler"] = compiler();
+  info["isas_built"] = built;
+  info["isas_usable"] = usable;
+  info["isa"] = irlfast::isa_name(irlfast::best_isa());
+  info["cuda_built"] = bool(IRLFAST_CUDA_BUILT);
+  info["cuda_compiler"] = IRLFAST_CUDA_COMPILER;
+  info["cuda_architectures"] = split(IRLFAST_CUDA_ARCHITECTURES);
+  info["sanitizers"] = split(IRLFAST_SANITIZERS);
+  return info;
+}
+
+irlfast::Isa parse_isa(const std::string& name) {
+  if (name == "auto") return irlfast::best_isa();
+  for (irlfast::Isa isa : irlfast::built_isas()) {
+    if (name != irlfast::isa_name(isa)) continue;
+    if (irlfast::isa_runs_here(isa)) return isa;
+    throw std::invalid_argument("isa=\"" + name + "\" is built in, but this machine cannot run it; use \"auto\"");
+  }
+  throw std::invalid_argument("isa=\"" + name + "\" is not built in; build_info()[\"isas_usable\"] lists what is");
+}
+
+irlfast::DType parse_dtype(int dtype) {
+  if (dtype < 0 || dtype >= irlfast::kDTypes) {
+    throw std::invalid_argument("dtype code " + std::to_string(dtype) + " is unknown; the codes are DTYPES");
+  }
+  return static_cast<irlfast::DType>(dtype);
+}
+
+// (outer, inner, outer_stride, inner_stride)
+using Layout = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+
+irlfast::RowLayout parse_layout(const Layout& layout, const char* name) {
+  irlfast::RowLayout rows;
+  std::tie(rows.outer, rows.inner, rows.outer_stride, rows.inner_stride) = layout;
+  if (rows.outer < 0 || rows.inner < 0) {
+    throw std::invalid_argument(std::string(name) + " has a negative number of rows");
+  }
+  return rows;
+}
+
+template <typename T>
+T* pointer(uintptr_t address, const char* name) {
+  if (address == 0) throw std::invalid_argument(std::string(name) + " is a null pointer");
+  return reinterpret_cast<T*>(address);
+}
+
+irlfast::TokenStatsInput parse_input(uintptr_t logits, int dtype, const Layout& layout, int64_t vocab, uintptr_t labels,
+                                     int64_t labels_per_row, int64_t ignore_index, double temperature,
+                                     uintptr_t row_temperature, double softcap) {
+  if (vocab < 1) throw std::invalid_argument("vocab = " + std::to_string(vocab) + " is below 1");
+  if (labels_per_row < 0) throw std::invalid_argument("labels_per_row is negative");
+  irlfast::TokenStatsInput input;
+  input.dtype = parse_dtype(dtype);
+  input.layout = parse_layout(layout, "layout");
+  input.vocab = vocab;
+  input.labels_per_row = labels_per_row;
+  input.ignore_index = ignore_index;
+  input.temperature = temperature;
+  input.softcap = softcap;
+  if (input.layout.rows() > 0) {
+    input.logits = pointer<const void>(logits, "logits");
+    if (labels_per_row > 0) input.labels = pointer<const int64_t>(labels, "labels");
+    input.row_temperature = reinterpret_cast<const void*>(row_temperature);
+  }
+  return input;
+}
+
+void token_stats_forward(uintptr_t logits, int dtype, const Layout& layout, int64_t vocab, uintptr_t labels,
+                         int64_t labels_per_row, int64_t ignore_index, double temperature, uintptr_t row_temperature,
+                         double softcap, uintptr_t logprob, uintptr_t entropy, uintptr_t lse, uintptr_t state,
+                         int threads, const std::string& isa) {
+  const irlfast::TokenStatsInput input = parse_input(logits, dtype, layout, vocab, labels, labels_per_row, ignore_index,
+                                                     temperature, row_temperature, softcap);
+  const irlfast::Isa selected = parse_isa(isa);
+  if (input.layout.rows() == 0) return;
+  irlfast::TokenStatsOutput output;
+  if (labels_per_row > 0) output.logprob = pointer<void>(logprob, "logprob");
+  output.entropy = reinterpret_cast<void*>(entropy);
+  output.lse = pointer<void>(lse, "lse");
+  output.state = pointer<void>(state, "state");
+  py::gil_scoped_release release;
+  irlfast::token_stats_forward(input, output, threads, selected);
+}
+
+void token_stats_backward(uintptr_t logits, int dtype, const Layout& layout, int64_t vocab, uintptr_t labels,
+                          int64_t labels_per_row, int64_t ignore_index, double temperature, uintptr_t row_temperature,
+                          double softcap, uintptr_t state, uintptr_t grad_logprob, uintptr_t grad_entropy,
+                          uintptr_t grad_lse, uintptr_t gradient, const Layout& gradient_layout, int threads,
+                          const std::string& isa) {
+  const irlfast::TokenStatsInput input = parse_input(logits, dtype, layout, vocab, labels, labels_per_row, ignore_index,
+                                                     temperature, row_temperature, softcap);
+  const irlfast::RowLayout gradient_rows = parse_layout(gradient_layout, "gradient_layout");
+  if (gradient_rows.rows() != input.layout.rows()) {
+    throw std::invalid_argument("the gradient has " + std::to_string(gradient_rows.rows()) + " rows, the logits " +
+                                std::to_string(input.layout.rows()));
+  }
+  const irlfast::Isa selected = parse_isa(isa);
+  if (input.layout.rows() == 0) return;
+  const void* saved = pointer<const void>(state, "state");
+  void* result = pointer<void>(gradient, "gradient");
+  irlfast::TokenStatsUpstream upstream;
+  upstream.logprob = reinterpret_cast<const void*>(grad_logprob);
+  upstream.entropy = reinterpret_cast<const void*>(grad_entropy);
+  upstream.lse = reinterpret_cast<const void*>(grad_lse);
+  py::gil_scoped_release release;
+  irlfast::token_stats_backward(input, saved, upstream, result, gradient_rows, threads, selected);
+}
+
+int64_t first_invalid_label(uintptr_t labels, int64_t count, int64_t vocab, int64_t ignore_index) {
+  if (count <= 0) return -1;
+  return irlfast::first_invalid_label(pointer<const int64_t>(labels, "labels"), count, vocab, ignore_index);
+}
+
+void advise_huge_pages(uintptr_t data, int64_t bytes) {
+  irlfast::advise_huge_pages(reinterpret_cast<void*>(data), bytes);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
+  m.doc() = "CPU kernels. Addresses are tensors' data_ptr(), strides are in elements; irlfast.ops is the public face.";
+
+  py::dict dtypes;
+  dtypes["float32"] = int(irlfast::DType::kFloat32);
+  dtypes["float64"] = int(irlfast::DType::kFloat64);
+  dtypes["bfloat16"] = int(irlfast::DType::kBFloat16);
+  dtypes["float16"] = int(irlfast::DType::kFloat16);
+  m.attr("DTYPES") = dtypes;
+
+  m.def("build_info", &build_info,
+        "What was compiled: version, compiler, instruction sets (built, usable here, selected), CUDA, sanitizers.");
+  m.def("advise_huge_pages", &advise_huge_pages, py::arg("data"), py::arg("bytes"),
+        "Ask for huge pages for the untouched whole pages inside a range.");
+  m.def("first_invalid_label", &first_invalid_label, py::arg("labels"), py::arg("count"), py::arg("vocab"),
+        py::arg("ignore_index"), "Position of the first label that is neither in [0, vocab) nor ignore_index, or -1.");
+  m.def("token_stats_forward", &token_stats_forward, py::arg("logits"), py::arg("dtype"), py::arg("layout"),
+        py::arg("vocab"), py::arg("labels"), py::arg("labels_per_row"), py::arg("ignore_index"), py::arg("temperature"),
+        py::arg("row_temperature"), py::arg("softcap"), py::arg("logprob"), py::arg("entropy"), py::arg("lse"),
+        py::arg("state"), py::arg("threads"), py::arg("isa"),
+        "Write log-prob, entropy (address 0: not wanted), log-sum-exp and what the gradient needs.");
+  m.def("token_stats_backward", &token_stats_backward, py::arg("logits"), py::arg("dtype"), py::arg("layout"),
+        py::arg("vocab"), py::arg("labels"), py::arg("labels_per_row"), py::arg("ignore_index"), py::arg("temperature"),
+        py::arg("row_temperature"), py::arg("softcap"), py::arg("state"), py::arg("grad_logprob"),
+        py::arg("grad_entropy"), py::arg("grad_lse"), py::arg("gradient"), py::arg("gradient_layout"),
+        py::arg("threads"), py::arg("isa"), "Write the logits' gradient, which may be the logits themselves.");
+}

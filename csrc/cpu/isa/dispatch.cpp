@@ -1,0 +1,74 @@
+#include "irlfast/isa.h"
+
+#include "isa/softmax_spans.h"
+
+namespace irlfast {
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx2:
+      return "avx2";
+    default:
+      return "baseline";
+  }
+}
+
+std::vector<Isa> built_isas() {
+  std::vector<Isa> isas{Isa::kBaseline};
+#ifdef IRLFAST_HAVE_AVX2
+  isas.push_back(Isa::kAvx2);
+#endif
+#ifdef IRLFAST_HAVE_AVX512
+  isas.push_back(Isa::kAvx512);
+#endif
+  return isas;
+}
+
+bool isa_runs_here(Isa isa) {
+  switch (isa) {
+    case Isa::kBaseline:
+      return true;
+    // __builtin_cpu_supports reads XCR0 as well as cpuid, so a kernel that does not save the wide registers says no.
+    case Isa::kAvx2:
+#ifdef IRLFAST_HAVE_AVX2
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+      return false;
+#endif
+    case Isa::kAvx512:
+#ifdef IRLFAST_HAVE_AVX512
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+      return false;
+#endif
+  }
+  return false;
+}
+
+Isa best_isa() {
+  static const Isa best = isa_runs_here(Isa::kAvx512) ? Isa::kAvx512
+                          : isa_runs_here(Isa::kAvx2) ? Isa::kAvx2
+                                                      : Isa::kBaseline;
+  return best;
+}
+
+const SoftmaxSpans& softmax_spans(Isa isa) {
+  switch (isa) {
+#ifdef IRLFAST_HAVE_AVX512
+    case Isa::kAvx512:
+      return softmax_spans_avx512();
+#endif
+#ifdef IRLFAST_HAVE_AVX2
+    case Isa::kAvx2:
+      return softmax_spans_avx2();
+#endif
+    default:
+      return softmax_spans_baseline();
+  }
+}
+
+}  // namespace irlfast

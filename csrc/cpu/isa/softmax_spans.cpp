@@ -1,0 +1,271 @@
+#include "isa/softmax_spans.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "isa/vec_math.h"
+
+#define IRLFAST_JOIN_(a, b) a##b
+#define IRLFAST_JOIN(a, b) IRLFAST_JOIN_(a, b)
+
+namespace irlfast {
+namespace {
+
+// Vectors in flight: enough to hide the latency of the polynomial, few enough to stay in registers.
+constexpr int kUnroll = 4;
+
+// Logits as the statistics see them: after softcap, before the temperature.
+template <typename Real, bool kSoftcap>
+class Cap {
+  using V = typename Traits<Real>::V;
+
+ public:
+  explicit Cap(double softcap) : cap_(Real(softcap)), inverse_(kSoftcap ? Real(1 / softcap) : Real(0)) {}
+
+  V value(V logit) const { return kSoftcap ? tanh<Real>(logit * inverse_).value * cap_ : logit; }
+
+  // The value, and its derivative in `slope`.
+  V value(V logit, V& slope) const {
+    if (!kSoftcap) {
+      slope = broadcast<Real>(1);
+      return logit;
+    }
+    const Tanh<V> t = tanh<Real>(logit * inverse_);
+    slope = t.slope;
+    return t.value * cap_;
+  }
+
+ private:
+  Real cap_, inverse_;
+};
+
+// Online softmax with one running maximum and kUnroll vectors of partial sums.
+template <typename Real, bool kWeighted>
+class Accumulator {
+  using V = typename Traits<Real>::V;
+  static constexpr int kLanes = Traits<Real>::kLanes;
+
+ public:
+  static constexpr int kBlock = kUnroll * kLanes;
+
+  explicit Accumulator(double inverse_temperature)
+      : scale_(Real(inverse_temperature * kLog2E)), maximum_(broadcast<Real>(-INFINITY)) {}
+
+  inline __attribute__((always_inline)) void add(V (&logit)[kUnroll]) {
+    V top = logit[0];
+    for (int u = 1; u < kUnroll; ++u) top = max(top, logit[u]);
+    if (__builtin_expect(any_greater(top, maximum_), 0)) {
+      // On copies: were the members' own address to leave this function, they would live in memory all along.
+      Accumulator copy = *this;
+      V block[kUnroll];
+      for (int u = 0; u < kUnroll; ++u) block[u] = logit[u];
+      raise_maximum(copy, block);
+      for (int u = 0; u < kUnroll; ++u) logit[u] = block[u];
+      *this = copy;
+    }
+    for (int u = 0; u < kUnroll; ++u) {
+      V t = (logit[u] - offset_) * scale_;
+      const V e = exp2_limited<Real>(t);
+      sum_[u] += e;
+      if (kWeighted) weighted_[u] = fma(e, t, weighted_[u]);
+    }
+  }
+
+  // Lanes are added in a fixed order, in double.
+  OnlineSoftmax<double> result() const {
+    OnlineSoftmax<double> state{double(maximum_[0]), 0.0, 0.0};
+    for (int u = 0; u < kUnroll; ++u) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        state.others += double(sum_[u][lane]);
+        if (kWeighted) state.weighted += double(weighted_[u][lane]);
+      }
+    }
+    state.weighted *= kLn2;
+    return state;
+  }
+
+ private:
+  // Rare: about log(blocks) times a row. What was the argmax joins the others; the new one is struck from its block.
+  static __attribute__((noinline, cold)) void raise_maximum(Accumulator& a, V (&logit)[kUnroll]) {
+    Real highest = a.maximum_[0];
+    int u_highest = 0, lane_highest = 0;
+    for (int u = 0; u < kUnroll; ++u) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        if (logit[u][lane] > highest) {
+          highest = logit[u][lane];
+          u_highest = u;
+          lane_highest = lane;
+        }
+      }
+    }
+    logit[u_highest][lane_highest] = -INFINITY;
+    const Real before = a.maximum_[0];
+    a.maximum_ = broadcast(highest);
+    a.offset_ = a.maximum_;
+    if (before == -INFINITY) return;
+    a.sum_[0][0] += 1;
+    V shift = broadcast((before - highest) * a.scale_);
+    const V factor = exp2_limited<Real>(shift);
+    for (int u = 0; u < kUnroll; ++u) {
+      if (kWeighted) a.weighted_[u] = factor * fma(shift, a.sum_[u], a.weighted_[u]);
+      a.sum_[u] *= factor;
+    }
+  }
+
+  Real scale_;
+  V maximum_;   // -inf until something finite is met
+  V offset_{};  // the maximum, or 0 while there is none: -inf less -inf would be NaN
+  V sum_[kUnroll]{};
+  V weighted_[kUnroll]{};  // in base 2: sum of 2^t t
+};
+
+template <typename T, bool kSoftcap, bool kWeighted>
+OnlineSoftmax<double> summarise_span(const T* logits, int64_t count, double inverse_temperature, double softcap) {
+  using Real = typename Compute<T>::Real;
+  using V = typename Traits<Real>::V;
+  constexpr int kLanes = Traits<Real>::kLanes;
+  constexpr int kBlock = Accumulator<Real, kWeighted>::kBlock;
+
+  const Cap<Real, kSoftcap> cap(softcap);
+  Accumulator<Real, kWeighted> accumulator(inverse_temperature);
+  V block[kUnroll];
+  int64_t i = 0;
+  for (; i + kBlock <= count; i += kBlock) {
+    for (int u = 0; u < kUnroll; ++u) block[u] = cap.value(load(logits + i + u * kLanes));
+    accumulator.add(block);
+  }
+  if (i < count) {
+    T rest[kBlock] = {};
+    memcpy(rest, logits + i, size_t(count - i) * sizeof(T));
+    for (int u = 0; u < kUnroll; ++u) {
+      block[u] = cap.value(load(rest + u * kLanes));
+      const auto past = lane_numbers<Real>() >= decltype(+lane_numbers<Real>()[0])(count - i - u * kLanes);
+      block[u] = past ? broadcast<Real>(-INFINITY) : block[u];
+    }
+    accumulator.add(block);
+  }
+  return accumulator.result();
+}
+
+template <typename T>
+OnlineSoftmax<double> summarise(const void* data, int64_t count, double inverse_temperature, double softcap,
+                                bool weighted) {
+  const T* logits = static_cast<const T*>(data);
+  if (softcap != 0) {
+    return weighted ? summarise_span<T, true, true>(logits, count, inverse_temperature, softcap)
+                    : summarise_span<T, true, false>(logits, count, inverse_temperature, softcap);
+  }
+  return weighted ? summarise_span<T, false, true>(logits, count, inverse_temperature, softcap)
+                  : summarise_span<T, false, false>(logits, count, inverse_temperature, softcap);
+}
+
+template <typename T, bool kSoftcap>
+class Gradient {
+  using Real = typename Compute<T>::Real;
+  using V = typename Traits<Real>::V;
+
+ public:
+  explicit Gradient(const SoftmaxGradient& g)
+      : cap_(g.softcap),
+        max_(broadcast(Real(g.max))),
+        scale_(Real(g.inverse_temperature * kLog2E)),
+        constant_(broadcast(Real(g.constant))),
+        linear_(broadcast(Real(g.linear * kLn2))) {}
+
+  inline __attribute__((always_inline)) V operator()(V logit) const {
+    V slope;
+    V t = (cap_.value(logit, slope) - max_) * scale_;
+    const V e = exp2_limited<Real>(t);
+    const V gradient = e * fma(linear_, t, constant_);
+    return kSoftcap ? gradient * slope : gradient;
+  }
+
+  void few(const T* logits, T* gradient, int64_t count) const {
+    constexpr int kLanes = Traits<Real>::kLanes;
+    T buffer[kLanes] = {};
+    memcpy(buffer, logits, size_t(count) * sizeof(T));
+    store(buffer, (*this)(load(buffer)));
+    memcpy(gradient, buffer, size_t(count) * sizeof(T));
+  }
+
+ private:
+  Cap<Real, kSoftcap> cap_;
+  V max_;
+  Real scale_;
+  V constant_, linear_;
+};
+
+template <typename T, bool kSoftcap, bool kStream>
+void differentiate_span(const T* logits, T* gradient, int64_t count, const SoftmaxGradient& parameters) {
+  using Real = typename Compute<T>::Real;
+  constexpr int kLanes = Traits<Real>::kLanes;
+  const Gradient<T, kSoftcap> gradient_of(parameters);
+
+  int64_t i = 0;
+  if (kStream) {
+    constexpr uintptr_t kBytes = kLanes * sizeof(T);
+    const uintptr_t past = reinterpret_cast<uintptr_t>(gradient) % kBytes;
+    if (past != 0) {
+      const int64_t head = int64_t((kBytes - past) / sizeof(T));
+      i = head < count ? head : count;
+      gradient_of.few(logits, gradient, i);
+    }
+  }
+  for (; i + kLanes <= count; i += kLanes) {
+    const auto value = gradient_of(load(logits + i));
+    if (kStream) {
+      stream(gradient + i, value);
+    } else {
+      store(gradient + i, value);
+    }
+  }
+  if (i < count) gradient_of.few(logits + i, gradient + i, count - i);
+  if (kStream) stream_fence();
+}
+
+template <typename T>
+void differentiate(const void* data, void* result, int64_t count, const SoftmaxGradient& parameters) {
+  const T* logits = static_cast<const T*>(data);
+  T* gradient = static_cast<T*>(result);
+  if (parameters.softcap != 0) {
+    parameters.stream ? differentiate_span<T, true, true>(logits, gradient, count, parameters)
+                      : differentiate_span<T, true, false>(logits, gradient, count, parameters);
+  } else {
+    parameters.stream ? differentiate_span<T, false, true>(logits, gradient, count, parameters)
+                      : differentiate_span<T, false, false>(logits, gradient, count, parameters);
+  }
+}
+
+template <typename T>
+LogitElement element(const void* data, double softcap) {
+  using Real = typename Compute<T>::Real;
+  using V = typename Traits<Real>::V;
+  T buffer[Traits<Real>::kLanes] = {};
+  memcpy(buffer, data, sizeof(T));
+  V slope;
+  const V value = softcap != 0 ? Cap<Real, true>(softcap).value(load(buffer), slope)
+                               : Cap<Real, false>(softcap).value(load(buffer), slope);
+  return {double(value[0]), double(slope[0])};
+}
+
+template <typename T>
+void store_element(void* destination, double value) {
+  using Real = typename Compute<T>::Real;
+  T buffer[Traits<Real>::kLanes];
+  store(buffer, broadcast(Real(value)));
+  memcpy(destination, buffer, sizeof(T));
+}
+
+}  // namespace
+
+const SoftmaxSpans& IRLFAST_JOIN(softmax_spans_, IRLFAST_ISA)() {
+  static constexpr SoftmaxSpans spans{
+      {summarise<float>, summarise<double>, summarise<BFloat16>, summarise<Float16>},
+      {differentiate<float>, differentiate<double>, differentiate<BFloat16>, differentiate<Float16>},
+      {element<float>, element<double>, element<BFloat16>, element<Float16>},
+      {store_element<float>, store_element<double>, store_element<BFloat16>, store_element<Float16>},
+  };
+  return spans;
+}
+
+}  // namespace irlfast

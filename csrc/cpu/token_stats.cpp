@@ -1,0 +1,344 @@
+#include "irlfast/token_stats.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "irlfast/online_softmax.h"
+#include "isa/softmax_spans.h"
+
+namespace irlfast {
+namespace {
+
+// A row is summarised in pieces of this many logits, merged in order. Few rows are shared out over the threads by piece,
+// many by row: either way the same pieces are added in the same order. Long, as every piece has to find its maximum anew.
+constexpr int64_t kPiece = 32768;
+
+// Below this many logits a team of threads costs more than it saves.
+constexpr int64_t kSerial = 16384;
+
+// Gradients of this many bytes are not read back from the caches, so they are written past them.
+constexpr int64_t kStreamBytes = int64_t(32) << 20;
+
+// A statistic's array: float, or double where the logits are double.
+class Statistic {
+ public:
+  Statistic(const void* data, DType dtype) : data_(const_cast<void*>(data)), wide_(dtype == DType::kFloat64) {}
+
+  explicit operator bool() const { return data_ != nullptr; }
+
+  double get(int64_t i) const {
+    return wide_ ? static_cast<const double*>(data_)[i] : double(static_cast<const float*>(data_)[i]);
+  }
+
+  void set(int64_t i, double value) const {
+    if (wide_) {
+      static_cast<double*>(data_)[i] = value;
+    } else {
+      static_cast<float*>(data_)[i] = float(value);
+    }
+  }
+
+ private:
+  void* data_;
+  bool wide_;
+};
+
+class Rows {
+ public:
+  Rows(const TokenStatsInput& input, Isa isa)
+      : input_(input),
+        spans_(softmax_spans(isa)),
+        dtype_(int(input.dtype)),
+        element_bytes_(dtype_size(input.dtype)),
+        row_temperature_(input.row_temperature, input.dtype) {}
+
+  const TokenStatsInput& input() const { return input_; }
+  const SoftmaxSpans& spans() const { return spans_; }
+  int dtype() const { return dtype_; }
+  int64_t element_bytes() const { return element_bytes_; }
+  int64_t count() const { return input_.layout.rows(); }
+  int64_t pieces() const { return (input_.vocab + kPiece - 1) / kPiece; }
+
+  const char* logit(int64_t row, int64_t column) const {
+    return static_cast<const char*>(input_.logits) + (input_.layout.offset(row) + column) * element_bytes_;
+  }
+
+  const int64_t* labels(int64_t row) const { return input_.labels + row * input_.labels_per_row; }
+
+  bool ignored(int64_t row) const {
+    for (int64_t k = 0; k < input_.labels_per_row; ++k) {
+      if (labels(row)[k] != input_.ignore_index) return false;
+    }
+    return true;
+  }
+
+  double inverse_temperature(int64_t row) const {
+    return 1.0 / (row_temperature_ ? row_temperature_.get(row) : input_.temperature);
+  }
+
+  LogitElement element(int64_t row, int64_t column) const {
+    return spans_.element[dtype_](logit(row, column), input_.softcap);
+  }
+
+  OnlineSoftmax<double> summarise_piece(int64_t row, int64_t piece, bool weighted) const {
+    const int64_t begin = piece * kPiece;
+    return spans_.summarise[dtype_](logit(row, begin), std::min(kPiece, input_.vocab - begin),
+                                    inverse_temperature(row), input_.softcap, weighted);
+  }
+
+ private:
+  const TokenStatsInput& input_;
+  const SoftmaxSpans& spans_;
+  int dtype_;
+  int64_t element_bytes_;
+  Statistic row_temperature_;
+};
+
+// Calls task(i) for i in [0, count), in any order; each task stands for `cost` logits.
+template <typename Task>
+void parallel_for(int64_t count, int64_t cost, int threads, const Task& task) {
+  if (threads <= 1 || count <= 1 || count * cost < kSerial) {
+    for (int64_t i = 0; i < count; ++i) task(i);
+    return;
+  }
+  const int64_t grain = std::max<int64_t>(1, kSerial / std::max<int64_t>(1, cost));
+#pragma omp parallel for num_threads(threads) schedule(dynamic, grain)
+  for (int64_t i = 0; i < count; ++i) task(i);
+}
+
+bool share_out_pieces(const Rows& rows, int threads) {
+  return rows.pieces() > 1 && threads > 1 && rows.count() < 4 * threads;
+}
+
+class Forward {
+ public:
+  Forward(const Rows& rows, const TokenStatsOutput& output)
+      : rows_(rows),
+        logprob_(output.logprob, rows.input().dtype),
+        entropy_(output.entropy, rows.input().dtype),
+        lse_(output.lse, rows.input().dtype),
+        state_(output.state, rows.input().dtype) {}
+
+  void run(int threads) const {
+    const int64_t pieces = rows_.pieces();
+    if (!share_out_pieces(rows_, threads)) {
+      parallel_for(rows_.count(), rows_.input().vocab, threads, [&](int64_t row) {
+        if (rows_.ignored(row)) return write_ignored(row);
+        OnlineSoftmax<double> state = rows_.summarise_piece(row, 0, bool(entropy_));
+        for (int64_t piece = 1; piece < pieces; ++piece) {
+          state = online_softmax_merge(state, rows_.summarise_piece(row, piece, bool(entropy_)),
+                                       rows_.inverse_temperature(row));
+        }
+        write(row, state);
+      });
+      return;
+    }
+    std::vector<OnlineSoftmax<double>> states(size_t(rows_.count() * pieces), online_softmax_empty<double>());
+    parallel_for(rows_.count() * pieces, std::min(kPiece, rows_.input().vocab), threads, [&](int64_t i) {
+      if (!rows_.ignored(i / pieces)) states[size_t(i)] = rows_.summarise_piece(i / pieces, i % pieces, bool(entropy_));
+    });
+    for (int64_t row = 0; row < rows_.count(); ++row) {
+      if (rows_.ignored(row)) {
+        write_ignored(row);
+        continue;
+      }
+      OnlineSoftmax<double> state = states[size_t(row * pieces)];
+      for (int64_t piece = 1; piece < pieces; ++piece) {
+        state = online_softmax_merge(state, states[size_t(row * pieces + piece)], rows_.inverse_temperature(row));
+      }
+      write(row, state);
+    }
+  }
+
+ private:
+  void write(int64_t row, const OnlineSoftmax<double>& state) const {
+    const TokenStatsInput& input = rows_.input();
+    const double inverse_temperature = rows_.inverse_temperature(row);
+    const double log_sum = online_softmax_log_sum(state);
+    const double entropy = entropy_ ? online_softmax_entropy(state) : 0.0;
+    for (int64_t k = 0; k < input.labels_per_row; ++k) {
+      const int64_t label = rows_.labels(row)[k];
+      // The maximum is taken from the logit before the logarithm is: both are exact, their sum would not be.
+      const double logprob = label == input.ignore_index
+                                 ? 0.0
+                                 : (rows_.element(row, label).value - state.max) * inverse_temperature - log_sum;
+      logprob_.set(row * input.labels_per_row + k, logprob);
+    }
+    if (entropy_) entropy_.set(row, entropy);
+    lse_.set(row, state.max * inverse_temperature + log_sum);
+    write_state(row, state.max, state.others, entropy);
+  }
+
+  void write_ignored(int64_t row) const {
+    const int64_t per_row = rows_.input().labels_per_row;
+    for (int64_t k = 0; k < per_row; ++k) logprob_.set(row * per_row + k, 0.0);
+    if (entropy_) entropy_.set(row, 0.0);
+    lse_.set(row, 0.0);
+    write_state(row, 0.0, 0.0, 0.0);
+  }
+
+  void write_state(int64_t row, double max, double others, double entropy) const {
+    state_.set(row, max);
+    state_.set(rows_.count() + row, others);
+    state_.set(2 * rows_.count() + row, entropy);
+  }
+
+  const Rows& rows_;
+  Statistic logprob_, entropy_, lse_, state_;
+};
+
+class Backward {
+ public:
+  Backward(const Rows& rows, const void* state, const TokenStatsUpstream& upstream, void* gradient,
+           const RowLayout& layout)
+      : rows_(rows),
+        state_(state, rows.input().dtype),
+        upstream_logprob_(upstream.logprob, rows.input().dtype),
+        upstream_entropy_(upstream.entropy, rows.input().dtype),
+        upstream_lse_(upstream.lse, rows.input().dtype),
+        gradient_(static_cast<char*>(gradient)),
+        layout_(layout),
+        stream_(gradient != rows.input().logits &&
+                rows.count() * rows.input().vocab * rows.element_bytes() >= kStreamBytes) {}
+
+  void run(int threads) const {
+    const int64_t pieces = rows_.pieces();
+    if (share_out_pieces(rows_, threads)) {
+      parallel_for(rows_.count() * pieces, std::min(kPiece, rows_.input().vocab), threads, [&](int64_t i) {
+        const int64_t begin = (i % pieces) * kPiece;
+        differentiate(i / pieces, begin, std::min(begin + kPiece, rows_.input().vocab));
+      });
+    } else {
+      parallel_for(rows_.count(), rows_.input().vocab, threads,
+                   [&](int64_t row) { differentiate(row, 0, rows_.input().vocab); });
+    }
+  }
+
+ private:
+  // A label in the piece at hand, and the gradient its log-prob receives.
+  struct Target {
+    int64_t label;
+    double upstream;
+    LogitElement logit;
+  };
+
+  double upstream(int64_t row, int64_t k) const {
+    const int64_t per_row = rows_.input().labels_per_row;
+    if (!upstream_logprob_ || rows_.labels(row)[k] == rows_.input().ignore_index) return 0.0;
+    return upstream_logprob_.get(row * per_row + k);
+  }
+
+  char* gradient(int64_t row, int64_t column) const {
+    return gradient_ + (layout_.offset(row) + column) * rows_.element_bytes();
+  }
+
+  void differentiate(int64_t row, int64_t begin, int64_t end) const {
+    const TokenStatsInput& input = rows_.input();
+    double total = 0.0;
+    bool any = false;
+    for (int64_t k = 0; k < input.labels_per_row; ++k) {
+      total += upstream(row, k);
+      any |= upstream(row, k) != 0.0;
+    }
+    const double h = upstream_entropy_ ? upstream_entropy_.get(row) : 0.0;
+    const double u = upstream_lse_ ? upstream_lse_.get(row) : 0.0;
+    any |= h != 0.0 || u != 0.0;
+    if (!any || rows_.ignored(row)) {
+      std::memset(gradient(row, begin), 0, size_t((end - begin) * rows_.element_bytes()));
+      return;
+    }
+
+    const double max = state_.get(row);
+    const double others = state_.get(rows_.count() + row);
+    const double entropy = state_.get(2 * rows_.count() + row);
+    const double inverse_temperature = rows_.inverse_temperature(row);
+    const double log_sum = std::log1p(others) + (max - max);
+    const double p_argmax = 1.0 / (1.0 + others);
+    // dz_v = p_v (u - g + h (lse - H) - h z_v) with z_v = max / T + x_v: the maximum cancels out of lse - z_v.
+    const double constant = u + h * (log_sum - entropy);
+
+    std::vector<Target> targets;
+    Target only{};
+    size_t n = 0;
+    if (input.labels_per_row == 1) {
+      n = gather(row, 0, begin, end, only) ? 1 : 0;
+    } else {
+      Target target{};
+      for (int64_t k = 0; k < input.labels_per_row; ++k) {
+        if (gather(row, k, begin, end, target)) targets.push_back(target);
+      }
+      n = add_up_repeats(targets);
+    }
+    const Target* target = input.labels_per_row == 1 ? &only : targets.data();
+
+    SoftmaxGradient parameters;
+    parameters.max = max;
+    parameters.inverse_temperature = inverse_temperature;
+    parameters.softcap = input.softcap;
+    parameters.constant = (constant - total) * p_argmax * inverse_temperature;
+    parameters.linear = -h * p_argmax * inverse_temperature;
+    parameters.stream = stream_;
+    rows_.spans().differentiate[rows_.dtype()](rows_.logit(row, begin), gradient(row, begin), end - begin, parameters);
+
+    for (size_t i = 0; i < n; ++i) {
+      const double x = (target[i].logit.value - max) * inverse_temperature;
+      const double logprob = x - log_sum;
+      const double p = std::exp(logprob);
+      const double spread = p == 0.0 ? 0.0 : p * (constant - (total - target[i].upstream) - h * x);
+      // g (1 - p) by expm1: for a confident token 1 - p is below float32's spacing at 1.
+      const double value = (spread - target[i].upstream * std::expm1(logprob)) * inverse_temperature;
+      rows_.spans().store[rows_.dtype()](gradient(row, target[i].label), value * target[i].logit.slope);
+    }
+  }
+
+  // Reads the label's logit now: where the gradient is written in place, it is gone afterwards.
+  bool gather(int64_t row, int64_t k, int64_t begin, int64_t end, Target& target) const {
+    const int64_t label = rows_.labels(row)[k];
+    if (label == rows_.input().ignore_index || label < begin || label >= end) return false;
+    target = {label, upstream(row, k), rows_.element(row, label)};
+    return true;
+  }
+
+  static size_t add_up_repeats(std::vector<Target>& targets) {
+    std::stable_sort(targets.begin(), targets.end(),
+                     [](const Target& a, const Target& b) { return a.label < b.label; });
+    size_t n = 0;
+    for (const Target& target : targets) {
+      if (n > 0 && targets[n - 1].label == target.label) {
+        targets[n - 1].upstream += target.upstream;
+      } else {
+        targets[n++] = target;
+      }
+    }
+    return n;
+  }
+
+  const Rows& rows_;
+  Statistic state_, upstream_logprob_, upstream_entropy_, upstream_lse_;
+  char* gradient_;
+  RowLayout layout_;
+  bool stream_;
+};
+
+}  // namespace
+
+int64_t first_invalid_label(const int64_t* labels, int64_t count, int64_t vocab, int64_t ignore_index) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (labels[i] != ignore_index && (labels[i] < 0 || labels[i] >= vocab)) return i;
+  }
+  return -1;
+}
+
+void token_stats_forward(const TokenStatsInput& input, const TokenStatsOutput& output, int threads, Isa isa) {
+  Forward(Rows(input, isa), output).run(threads);
+}
+
+void token_stats_backward(const TokenStatsInput& input, const void* state, const TokenStatsUpstream& upstream,
+                          void* gradient, const RowLayout& gradient_layout, int threads, Isa isa) {
+  Backward(Rows(input, isa), state, upstream, gradient, gradient_layout).run(threads);
+}
+
+}  // namespace irlfast

@@ -1,0 +1,62 @@
+// Per-token statistics of logits on the CPU: log-prob of given labels, entropy and log-sum-exp, and their gradient.
+// Everything is a raw pointer with strides in elements.
+#pragma once
+
+#include <cstdint>
+
+#include "irlfast/dtype.h"
+#include "irlfast/isa.h"
+
+namespace irlfast {
+
+// rows = outer * inner; row r starts at (r / inner) * outer_stride + (r % inner) * inner_stride, its logits adjacent.
+struct RowLayout {
+  int64_t outer = 0;
+  int64_t inner = 0;
+  int64_t outer_stride = 0;
+  int64_t inner_stride = 0;
+
+  int64_t rows() const { return outer * inner; }
+  int64_t offset(int64_t row) const { return (row / inner) * outer_stride + (row % inner) * inner_stride; }
+};
+
+struct TokenStatsInput {
+  const void* logits = nullptr;
+  DType dtype = DType::kFloat32;
+  RowLayout layout;
+  int64_t vocab = 0;
+  const int64_t* labels = nullptr;  // rows x labels_per_row, contiguous; each in [0, vocab) or ignore_index
+  int64_t labels_per_row = 1;
+  int64_t ignore_index = -100;
+  double temperature = 1.0;
+  const void* row_temperature = nullptr;  // one a row, in the statistics' type; replaces `temperature`
+  double softcap = 0.0;                   // 0 means none
+};
+
+// Statistics are float, or double where the logits are. A row whose labels are all ignored gives zeros.
+struct TokenStatsOutput {
+  void* logprob = nullptr;  // rows x labels_per_row
+  void* entropy = nullptr;  // rows, or null where it is not wanted
+  void* lse = nullptr;      // rows
+  void* state = nullptr;    // 3 x rows, what the gradient needs: max, sum of the others' exponentials, entropy
+};
+
+// Upstream gradients, contiguous, null for zero.
+struct TokenStatsUpstream {
+  const void* logprob = nullptr;
+  const void* entropy = nullptr;
+  const void* lse = nullptr;
+};
+
+// Position of the first label that is neither in [0, vocab) nor ignore_index, or -1.
+int64_t first_invalid_label(const int64_t* labels, int64_t count, int64_t vocab, int64_t ignore_index);
+
+// The same numbers for a row whatever the number of threads and whichever other rows there are.
+void token_stats_forward(const TokenStatsInput& input, const TokenStatsOutput& output, int threads, Isa isa);
+
+// The gradient may be the logits themselves (same address and layout) and may not overlap them in any other way.
+// A row whose upstream gradients are all zero gets zeros, whatever its logits.
+void token_stats_backward(const TokenStatsInput& input, const void* state, const TokenStatsUpstream& upstream,
+                          void* gradient, const RowLayout& gradient_layout, int threads, Isa isa);
+
+}  // namespace irlfast

@@ -1,0 +1,1 @@
+"""Triton kernels, installed as ``irlfast.kernels``; one module an op, named as the op. This release has none yet."""
