@@ -1,5 +1,7 @@
 """Objectives for policies and rewards. Each returns its loss to minimise and a dict of detached 0-d metrics."""
 
+from irlfast.losses.advantages import group_advantages, whiten
+from irlfast.losses.policy import PolicyLoss, policy_loss
 from irlfast.losses.reward import RewardLoss, maxent_irl_loss
 
-__all__ = ["RewardLoss", "maxent_irl_loss"]
+__all__ = ["PolicyLoss", "RewardLoss", "group_advantages", "maxent_irl_loss", "policy_loss", "whiten"]

@@ -53,6 +53,29 @@ def _recover(seed: int, samples_at: Callable[[int], Tensor], log_q: Tensor) -> t
     return toy.reward_recovery(phi @ weights)
 
 
+def divergence_after_policy_steps(*, entropy: bool) -> float:
+    """KL(p_E || pi) after 300 RLOO steps on the true reward, less log pi (the entropy term) where asked."""
+    torch.manual_seed(0)
+    policy, ids, rewards = toy.ToyPolicy(), toy.all_input_ids(), toy.true_rewards().float()
+    optimiser = torch.optim.Adam(policy.parameters(), lr=0.05)
+    for _ in range(300):
+        log_pi = toy.log_probs(policy).detach()
+        drawn = torch.multinomial(log_pi.exp(), 256, replacement=True)
+        rows = ids[drawn]
+        logits = policy(input_ids=rows).logits[:, :-1]
+        logprobs = torch.log_softmax(logits, dim=-1).gather(-1, rows[:, 1:, None]).squeeze(-1)
+        returns = rewards[drawn] - log_pi[drawn] * entropy
+        advantages = losses.group_advantages(returns, torch.zeros_like(drawn), kind="rloo")
+        loss = losses.policy_loss(
+            logprobs, advantages, rows[:, 1:] != toy.PAD, kind="reinforce", aggregation="seq_mean_token_sum"
+        ).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    log_p = toy.expert_log_probs()
+    return float((log_p.exp() * (log_p - toy.log_probs(policy).detach().double())).sum())
+
+
 def drop_log_q(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(log_target: Tensor, log_proposal: Tensor, **options: object) -> ImportanceWeights:
         return importance_weights(log_target, torch.zeros_like(log_proposal), **options)
@@ -116,3 +139,8 @@ def test_sampled_gate_fails_broken_code(
     assert not passes(got, SAMPLED_GATE)
     assert got.pearson <= pearson_at_most
     assert got.tv >= tv_at_least
+
+
+def test_policy_steps_on_the_true_reward_reach_the_expert_only_with_entropy() -> None:
+    assert divergence_after_policy_steps(entropy=True) < 0.005
+    assert divergence_after_policy_steps(entropy=False) > 1.0
