@@ -52,6 +52,12 @@ class RewardNormalizer(nn.Module):
         """0-d float64, the population standard deviation so far; 0 before the first update."""
         return (self.m2 / self.count.clamp(min=1e-300)).sqrt()
 
+    @property
+    def scale(self) -> float:
+        """What `normalize` divides by: 1 before the first update and for rewards that do not vary."""
+        std = float(self.std)
+        return std if std > self.epsilon else 1.0
+
     @torch.no_grad()
     def update(self, rewards: Tensor) -> None:
         """Take in raw rewards, of any shape; none is no change.
@@ -82,9 +88,7 @@ class RewardNormalizer(nn.Module):
         if float(self.count) == 0.0:
             normalised = rewards
         else:
-            std = self.std
-            scale = torch.where(std > self.epsilon, std, torch.ones_like(std))
-            normalised = ((rewards.double() - self.mean) / scale).to(rewards.dtype)
+            normalised = ((rewards.double() - self.mean) / self.scale).to(rewards.dtype)
         return normalised if self.clip is None else normalised.clamp(-self.clip, self.clip)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> RewardNormalizer:

@@ -38,7 +38,7 @@ from .config import BiLevelConfig
 from .evaluation import SampleMetrics, evaluate_policy
 from .log import Progress, RunLog
 from .optim import Optimizer
-from .scoring import response_scores, sequence_sum
+from .scoring import ResponseScores, response_scores, sequence_sum
 from .seeds import EndlessDraws, derive_seed, permutation
 
 FeatureFunction = Callable[[Tensor, Tensor], Tensor]
@@ -199,9 +199,8 @@ class BiLevelTrainer:
         log_q = sequence_sum(samples.sampler_logprobs, samples)
         log_ratio = sequence_sum(samples.model_logprobs, samples) - experience.scored.log_base
         # Serving rescales the reward by 1 / scale; beta is rescaled with it, so that the optimum stays where it is.
-        with torch.no_grad():
-            served = self.reward.serve(experience.scored.features, samples.attention_mask)
-            beta = config.beta / self.reward.serving_scale
+        served = self.reward.serve(experience.scored.features, samples.response_mask, update=True)
+        beta = config.beta / self.reward.normalizer.scale
         returns = served - beta * log_ratio
         advantages = group_advantages(returns, samples.groups, kind=config.policy.advantage)
         rows: list[dict[str, float]] = []
@@ -253,10 +252,9 @@ class BiLevelTrainer:
         expert_features = self._score(experts).features
         self.reward.train()
         self.reward_optimizer.zero_grad()
-        sample_rewards = self.reward(experience.scored.features, samples.attention_mask)
         result = maxent_irl_loss(
-            self.reward(expert_features, experts.attention_mask),
-            sample_rewards,
+            self.reward(expert_features, experts.response_mask),
+            self.reward(experience.scored.features, samples.response_mask),
             sequence_sum(samples.sampler_logprobs, samples),
             log_base=experience.scored.log_base,
             expert_groups=experts.groups,
@@ -269,7 +267,6 @@ class BiLevelTrainer:
         result.loss.backward()
         norm, lr = self.reward_optimizer.step()
         self.reward.eval()
-        self.reward.update_normalizer(sample_rewards.detach())
         metrics = {key: float(value) for key, value in result.metrics.items()}
         return {"loss": float(result.loss.detach()), **metrics, "grad_norm": norm, "lr": lr}
 
@@ -284,17 +281,25 @@ class BiLevelTrainer:
             if self.reference is not None:
                 scores = response_scores(self.reference, part, hidden_states=self._features is None)
                 if scores.hidden is not None:
-                    features.append(scores.hidden)
+                    features.append(self._reward_inputs(scores))
                 log_base.append(sequence_sum(scores.stats.logprob, part))
         base = torch.cat(log_base) if self.config.regularizer == "kl" else torch.zeros(len(sequences))
         return Scored(features=torch.cat(features), log_base=base.to(features[0].device))
+
+    def _reward_inputs(self, scores: ResponseScores) -> Tensor:
+        """[B, S, H], or [B, S, H + 2] with the reference's log-prob and entropy of each response token."""
+        assert scores.hidden is not None
+        if not self.config.reward.token_statistics:
+            return scores.hidden
+        statistics = torch.stack([scores.stats.logprob, scores.stats.entropy], dim=-1)
+        return torch.cat([scores.hidden, statistics.to(scores.hidden.dtype)], dim=-1)
 
     # Evaluation, checkpoints
 
     def rewards(self, sequences: Sequences) -> Tensor:
         """Raw learned reward of each sequence: [B], no gradient."""
         with torch.no_grad():
-            return self.reward(self._score(sequences).features, sequences.attention_mask)
+            return self.reward(self._score(sequences).features, sequences.response_mask)
 
     def evaluate(self) -> dict[str, float]:
         """Held-out metrics of the policy and the reward as they are (see evaluate_policy)."""

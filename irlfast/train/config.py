@@ -81,8 +81,10 @@ class RewardConfig:
     """Exponent of the importance weights: below 1 they are flatter (less variance, some bias)."""
     centre: float = 0.0
     """Weight of E[r^2], which keeps the reward's free constant and its size down."""
+    token_statistics: bool = True
+    """Let the reward also read each response token's log-prob and entropy under the reference, beside its hidden state."""
     micro_batch_size: int = 256
-    """Sequences in one pass of the frozen feature model."""
+    """Sequences in one pass of the frozen reference."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-3, weight_decay=0.01))
     """Optimiser of the reward."""
 

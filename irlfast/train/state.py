@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import irlfast
+from irlfast.rewards import RewardModel
 
 from .checkpoint import latest_checkpoint, write_checkpoint
 from .config import config_dict
@@ -68,7 +69,7 @@ def load(trainer: BiLevelTrainer, folder: Path) -> Path:
     position = json.loads((path / "state.json").read_text(encoding="utf-8"))
     _require_same(position["config"], json.loads(json.dumps(config_dict(trainer.config))), path)
     load_model(trainer.policy, path / "policy" / "model.safetensors")
-    trainer.reward.load_pretrained(path / "reward")
+    trainer.reward.load_state_dict(RewardModel.from_pretrained(path / "reward").state_dict())
     tensors = torch.load(path / "optimizers.pt", weights_only=True)
     trainer.policy_optimizer.load_state_dict(tensors["policy_optimizer"])
     trainer.reward_optimizer.load_state_dict(tensors["reward_optimizer"])
