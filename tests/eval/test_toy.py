@@ -78,6 +78,12 @@ def test_padding_on_either_side_and_masked_garbage_change_nothing() -> None:
     assert torch.equal(policy(garbage, attention_mask=mask).logits[:, 2:5], want)
 
 
+def test_what_follows_eos_belongs_to_no_string() -> None:
+    prefix, ended = toy.read_prefixes(torch.tensor([[toy.BOS, 1, toy.EOS, 0, 2, 2, 2, 2]]))
+    assert prefix.tolist() == [[0, 2, 2, 2, 2, 2, 2, 2]]
+    assert ended.tolist() == [[False, False, True, True, True, True, True, True]]
+
+
 def test_new_policy_is_uniform_over_the_four_tokens() -> None:
     log_q = toy.log_probs(toy.ToyPolicy(dtype=torch.float64)).detach()
     expected = torch.tensor([min(len(s), 4) * math.log(0.25) for s in toy.all_strings()], dtype=torch.float64)

@@ -164,6 +164,32 @@ def test_fused_demonstrations_leave_the_normaliser_unbiased() -> None:
     assert abs(normalizer(torch.full_like(mixture, -math.log(50.0))) - truth) > 0.3
 
 
+@pytest.mark.parametrize("clip", [None, 0.7])
+def test_fused_demonstrations_get_the_gradient_of_both_their_terms(clip: float | None) -> None:
+    batch = _batch(6)
+    expert_log_proposal, expert_log_base = torch.linspace(-3, -1, 7), torch.linspace(-2, -4, 7)
+    beta = 1.7
+    loss, expert, sample = _gradients(
+        batch, expert_log_proposal=expert_log_proposal, expert_log_base=expert_log_base, beta=beta, clip=clip
+    )
+    weights, normalizers, _ = importance_weights(
+        torch.cat([batch["sample_rewards"], batch["expert_rewards"]]) / beta
+        + torch.cat([batch["log_base"], expert_log_base]),
+        torch.cat([batch["log_proposal"], expert_log_proposal]),
+        groups=torch.cat([batch["sample_groups"], batch["expert_groups"]]),
+        clip=clip,
+    )
+    share = torch.stack(
+        [
+            (batch["expert_groups"] == g).double().mean()
+            for g in torch.cat([batch["sample_groups"], batch["expert_groups"]])
+        ]
+    )
+    torch.testing.assert_close(torch.cat([sample, expert + 1 / (7 * beta)]), share * weights / beta)
+    order = torch.searchsorted(batch["sample_groups"].unique(), batch["expert_groups"])
+    torch.testing.assert_close(loss, (normalizers[order] - batch["expert_rewards"] / beta).mean())
+
+
 def test_centre_is_the_mean_square_of_both_sides() -> None:
     expert, sample = torch.tensor([2.0, 0.0]), torch.tensor([1.0, 1.0, -4.0])
     plain = maxent_irl_loss(expert, sample, torch.zeros(3)).loss

@@ -240,6 +240,16 @@ def test_truncated_importance_sampling_by_hand() -> None:
     assert float(only_reported.loss) == pytest.approx(7 / 3)
 
 
+def test_ratio_extremes_are_those_of_the_response() -> None:
+    """Masked positions have ratio 1; here they would be the smallest, or the largest."""
+    for factor in (2.0, 0.5):
+        metrics = policy_loss(
+            LOGPROBS, torch.ones(2), MASK, kind="ppo", old_logprobs=LOGPROBS - math.log(factor)
+        ).metrics
+        assert float(metrics["ratio_min"]) == pytest.approx(factor)
+        assert float(metrics["ratio_max"]) == pytest.approx(factor)
+
+
 @pytest.mark.parametrize("gap", [200.0, -200.0])
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_far_off_policy_tokens_stay_finite(gap: float, advantage: float) -> None:
