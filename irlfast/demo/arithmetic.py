@@ -9,21 +9,24 @@ therefore writes right workings about half of the time, and can: what it lacks i
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 
 from irlfast.data import TokenizedDemonstration
 
-SYMBOLS = "0123456789+-=;"
-BOS, EOS, PAD = len(SYMBOLS), len(SYMBOLS) + 1, len(SYMBOLS) + 2
-VOCAB_SIZE = len(SYMBOLS) + 3
 OPERATIONS = 2
-LARGEST_START = 20
-LARGEST_RESULT = 29
-MAX_RESPONSE = OPERATIONS * len("29+9=29;") + 1
-MAX_PROMPT = len("20") + OPERATIONS * len("+9") + len("=") + 1
+LARGEST_START = 12
+LARGEST_RESULT = 19
 ERROR_RATE = 0.5
 
+# A number is one token, as it is in the vocabularies of large models.
+SYMBOLS = (*(str(number) for number in range(LARGEST_RESULT + 1)), "+", "-", "=", ";")
+BOS, EOS, PAD = len(SYMBOLS), len(SYMBOLS) + 1, len(SYMBOLS) + 2
+VOCAB_SIZE = len(SYMBOLS) + 3
+MAX_RESPONSE = OPERATIONS * 6 + 1  # value, sign, step, =, result, ; for each operation, then EOS
+
 _IDS = {symbol: i for i, symbol in enumerate(SYMBOLS)}
+_TOKENS = re.compile(r"\d+|\D")
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Problem:
 
 
 def all_problems() -> list[Problem]:
-    """Every problem whose results, and those of a slip, stay within [0, 29]."""
+    """Every problem whose results, and those of a slip, stay within [0, 19]."""
     problems = [Problem(start, ()) for start in range(1, LARGEST_START + 1)]
     for _ in range(OPERATIONS):
         problems = [
@@ -77,8 +80,8 @@ def all_problems() -> list[Problem]:
 
 
 def encode(text: str) -> list[int]:
-    """Token ids of prompt or working, one a character."""
-    return [_IDS[symbol] for symbol in text]
+    """Token ids of prompt or working."""
+    return [_IDS[symbol] for symbol in _TOKENS.findall(text)]
 
 
 def decode(ids: list[int]) -> str:

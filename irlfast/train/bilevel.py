@@ -126,6 +126,19 @@ class BiLevelTrainer:
         self.reward_optimizer = Optimizer(reward, config.reward.optimizer, reward_updates)
         self._resumed = False
 
+    @torch.no_grad()
+    def fit_reward_scale(self) -> None:
+        """Standardise the reward's features on demonstrations and samples of their prompts; call it before `train`."""
+        gathered = self._gather()
+        parts = [gathered.samples, gathered.experts]
+        features = [gathered.scored.features, self._score(gathered.experts).features]
+        width = max(f.shape[1] for f in features)
+        pad = nn.functional.pad
+        self.reward.fit_feature_scale(
+            torch.cat([pad(f, (0, 0, 0, width - f.shape[1])) for f in features]),
+            torch.cat([pad(p.response_mask, (0, width - p.response_mask.shape[1])) for p in parts]),
+        )
+
     # The loop
 
     def train(self) -> dict[str, float]:
