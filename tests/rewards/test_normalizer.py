@@ -52,11 +52,15 @@ def test_equal_rewards_are_centred_and_not_blown_up():
 
 def test_half_life_weighs_rewards_by_their_age():
     normalizer = RewardNormalizer(half_life=10)
-    normalizer.update(torch.zeros(10))
-    normalizer.update(torch.ones(10))  # by now the zeros count as 5
+    old, new = torch.arange(10.0), torch.arange(10.0) * 3 + 50
+    normalizer.update(old)
+    normalizer.update(new)  # by now the old ones count half
+    weights = torch.cat([torch.full((10,), 0.5), torch.ones(10)])
+    values = torch.cat([old, new])
+    mean = float((weights * values).sum() / 15)
     assert float(normalizer.count) == pytest.approx(15.0)
-    assert float(normalizer.mean) == pytest.approx(10 / 15)
-    assert float(normalizer.std) == pytest.approx(math.sqrt(10 * 5 / 15**2))
+    assert float(normalizer.mean) == pytest.approx(mean)
+    assert float(normalizer.std) == pytest.approx(math.sqrt(float((weights * (values - mean) ** 2).sum() / 15)))
 
 
 def test_state_dict_restores_the_same_numbers():

@@ -1,14 +1,14 @@
 from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
-
 VOCAB, EOS, PAD, CONTEXT = 64, 2, 0, 64
 
 
-def _config(family: str):
+def _config(transformers: ModuleType, family: str) -> Any:
     small = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": PAD}
     llama = {
         "hidden_size": 32,
@@ -54,10 +54,12 @@ def one_thread() -> Iterator[None]:
 def make_lm() -> Callable[[str], torch.nn.Module]:
     """A function from a family's name to a new tiny random model, always the same, with a peaked distribution."""
 
+    transformers = pytest.importorskip("transformers")
+
     def make(family: str) -> torch.nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = transformers.AutoModelForCausalLM.from_config(_config(family))
+            model = transformers.AutoModelForCausalLM.from_config(_config(transformers, family))
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     torch.nn.init.normal_(parameter, std=0.2)

@@ -93,12 +93,16 @@ def test_an_impossible_token_is_never_drawn(top_p, uniform):
     assert drawn.sampler_logprobs.isfinite().all()
 
 
-def test_the_last_token_is_reached_and_not_passed_when_the_total_is_above_one():
-    # In float32 these probabilities add up to more than 1, so u * total rounds up to the total for the largest u.
-    logits = torch.full((1, 4093), -1.0)
-    logits[0, -1] = float("-inf")
-    largest = torch.tensor([1 - 2**-53], dtype=torch.float64)
-    assert int(sample_tokens(logits, largest, SamplingParams()).tokens) == 4091
+@pytest.mark.parametrize("vocabulary", [3, 4093, 50257])
+@pytest.mark.parametrize("spread", [0.0, 5.0])
+def test_the_largest_uniform_number_draws_the_last_possible_token(vocabulary, spread):
+    # Whatever the probabilities add up to after rounding, the point must not pass the total.
+    torch.manual_seed(0)
+    logits = spread * torch.randn(20, vocabulary)
+    logits[:, -2] = 6.0  # heavy enough to hold the largest number's place, whatever comes before
+    logits[:, -1] = float("-inf")
+    largest = torch.full((20,), 1 - 2**-53, dtype=torch.float64)
+    assert set(sample_tokens(logits, largest, SamplingParams()).tokens.tolist()) == {vocabulary - 2}
 
 
 @pytest.mark.parametrize("shift", [-150.0, 0.0, 150.0])

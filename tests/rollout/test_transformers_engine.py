@@ -435,6 +435,8 @@ def test_hidden_states_of_demonstrations_equal_those_of_rollouts(make_lm):
     lists = [(row[: len(p)], row[len(p) :]) for row, p in zip(rows_of(rollouts), RAGGED, strict=True)]
     same = Sequences.from_token_lists([p for p, _ in lists], [r for _, r in lists], pad_id=PAD)
     assert torch.equal(engine.hidden_states(same), rollouts.hidden_states)
+    with pytest.raises(ValueError, match="sequences is empty"):
+        engine.hidden_states(same.select([]))
 
 
 def test_a_module_without_hidden_states_is_told_what_is_missing():
