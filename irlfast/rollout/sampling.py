@@ -49,9 +49,8 @@ def kept_candidates(scores: Tensor, top_k: int, top_p: float) -> tuple[Tensor, T
     if ids is None:
         scores, ids = _most_likely(scores, normaliser, top_p)
     mass = (scores - normaliser).exp_()
-    # A token is kept when those before it do not reach top_p; the first one always is.
+    # A token is kept when those before it do not reach top_p; the first one, with exactly 0 before it, always is.
     before = mass.cumsum(-1).sub_(mass)
-    before[..., 0] = 0.0
     return scores.masked_fill(before >= top_p, float("-inf")), ids
 
 
@@ -88,9 +87,9 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> S
     untouched = kept is logits
     kept_normaliser = normaliser if untouched else kept.logsumexp(-1)
     cdf = (kept - kept_normaliser[:, None]).exp_().cumsum(-1, dtype=torch.float64)
-    total = cdf[:, -1:]
-    # Rounding must not carry the point up to the total, past the last token that has any probability.
-    point = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    # The first column whose cumulated mass exceeds the point: one without mass never is. The point stays below the
+    # total, for a double of at most 1 - 2^-53 times the total rounds to less than it. NaN alone meets the clamp.
+    point = uniforms[:, None] * cdf[:, -1:]
     column = torch.searchsorted(cdf, point, right=True).clamp_(max=cdf.shape[-1] - 1)
     tokens = column if ids is None else ids.gather(-1, column)
     model_logprobs = logits.gather(-1, tokens)[:, 0] - normaliser

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from .base import Rollouts, SamplingParams, Sequences
 from .sampling import sample_tokens
 
-# A step costs nearly the same for 3/4 of the rows; dropping fewer does not repay copying the cache.
+# Rows that have ended are dropped when no more than this share is left. With responses of 15 out of 200 tokens sampling
+# is 1.7 times as fast for it; any share from 0.5 to 0.99 measures the same, and a low one copies the cache less often.
 _COMPACT_AT = 0.7
 # Looking whether rows have ended stalls an accelerator, so it is done once in so many steps there.
 _ACCELERATOR_CHECK_EVERY = 8
@@ -133,8 +135,7 @@ class TransformersEngine:
                 f"the model gave NaN logits for row {row} (prompt {row // params.n}): check its weights"
             )
         if return_hidden_states:
-            values = {name: getattr(rollouts, name) for name in rollouts.__dataclass_fields__}
-            return Rollouts(**{**values, "hidden_states": self.hidden_states(rollouts)})
+            return replace(rollouts, hidden_states=self.hidden_states(rollouts))
         return rollouts
 
     @torch.no_grad()
@@ -142,11 +143,17 @@ class TransformersEngine:
         """The last layer's states after the final norm, [B, S, H], at every token of `sequences`; 0 on padding.
 
         Use it for demonstrations, so that they and the rollouts are looked at in the same way.
+
+        Raises:
+            ValueError: no sequences.
+            TypeError: the model gives no hidden states.
         """
         model = self.model
+        if len(sequences) == 0:
+            raise ValueError("sequences is empty: give at least one row")
         if sequences.input_ids.device != self.device:
             sequences = sequences.to(self.device)
-        size = self.max_batch_size or max(len(sequences), 1)
+        size = self.max_batch_size or len(sequences)
         with _eval_mode(model), self._autocast():
             parts = [
                 self._hidden(sequences.input_ids[low : low + size], sequences.attention_mask[low : low + size])
