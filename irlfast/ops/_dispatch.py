@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# torch first: the extension's OpenMP symbols resolve to the runtime torch has loaded.
 from irlfast import _native
 
 # Definitions are added where each op is; registering them is what importing irlfast.ops does.

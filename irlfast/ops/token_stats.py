@@ -81,9 +81,7 @@ def token_stats_reference(
     logprob = log_p.gather(-1, index.masked_fill(ignored | outside, 0)).masked_fill(ignored, 0.0)
     logprob = logprob.masked_fill(outside, math.nan)
     outside_row = outside.any(dim=-1)
-    entropy, lse = (
-        x.masked_fill(ignored_row, 0.0).masked_fill(outside_row, math.nan) for x in (entropy, lse)
-    )
+    entropy, lse = (x.masked_fill(ignored_row, 0.0).masked_fill(outside_row, math.nan) for x in (entropy, lse))
     return TokenStats(logprob if several else logprob.squeeze(-1), entropy, lse)
 
 
@@ -407,7 +405,7 @@ def token_stats(
         ValueError: shapes, temperature or softcap; `inplace_backward` on a leaf or on logits that overlap themselves.
         RuntimeError: an `impl` that is not available here; `inplace_backward` without a fused kernel.
     """
-    if labels.shape != logits.shape[:-1]:
+    if logits.ndim > 0 and labels.shape != logits.shape[:-1]:
         raise ValueError(
             f"token_stats: labels have shape {tuple(labels.shape)}, expected {tuple(logits.shape[:-1])} for logits "
             f"{tuple(logits.shape)}; token_logprobs takes several labels a row"
@@ -439,7 +437,7 @@ def token_logprobs(
     Returns:
         Log-probs in nats, shaped as the labels, float32 (float64 for float64 logits).
     """
-    if labels.shape != logits.shape[:-1] and labels.shape[:-1] != logits.shape[:-1]:
+    if logits.ndim > 0 and logits.shape[:-1] not in (labels.shape, labels.shape[:-1]):
         shape = ", ".join(map(str, logits.shape[:-1]))
         raise ValueError(
             f"token_logprobs: labels have shape {tuple(labels.shape)}, expected [{shape}] or [{shape}, K] for logits "
@@ -482,6 +480,8 @@ def _check(op: str, logits: Tensor, labels: Tensor, temperature: float | Tensor,
         raise TypeError(f"{op}: labels are {labels.dtype}, expected integers; convert them with labels.long()")
     if labels.device != logits.device:
         raise ValueError(f"{op}: labels are on {labels.device}, logits on {logits.device}; move one to the other")
+    if logits.ndim == 0:
+        raise ValueError(f"{op}: logits are a single number, expected at least one dimension, the vocabulary")
     if logits.shape[-1] == 0:
         raise ValueError(f"{op}: logits of shape {tuple(logits.shape)} have an empty vocabulary")
     if isinstance(temperature, Tensor):
@@ -510,7 +510,9 @@ _LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 def _check_inplace(op: str, logits: Tensor) -> None:
     if torch.compiler.is_compiling():
-        raise ValueError(f"{op}: inplace_backward inside torch.compile: the compiler plans its own buffers, leave it out")
+        raise ValueError(
+            f"{op}: inplace_backward inside torch.compile: the compiler plans its own buffers, leave it out"
+        )
     if logits.requires_grad and logits.is_leaf:
         raise ValueError(
             f"{op}: inplace_backward on a leaf: its .grad would be its own storage; pass logits a model computed, or "

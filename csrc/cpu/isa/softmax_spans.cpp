@@ -12,10 +12,11 @@ namespace irlfast {
 namespace {
 
 // Vectors worked on together: enough to hide the latency of the polynomial, few enough to stay in registers.
-#ifndef KU
-#define KU (kVectorBytes == 64 ? 2 : 4)
-#endif
-constexpr int kUnroll = KU;
+constexpr int kUnroll = kVectorBytes == 64 ? 2 : 4;
+
+// After this many additions to it a partial sum moves into a second level: the rounding error of a sum grows with the
+// number of its terms, and a row has thousands for each lane.
+constexpr int kAdditions = 64;
 
 // Logits as the statistics see them: after softcap, before the temperature.
 template <typename Real, bool kSoftcap>
@@ -50,7 +51,6 @@ class Accumulator {
 
  public:
   static constexpr int kBlock = kUnroll * kLanes;
-  static constexpr int kSums = 4;
 
   explicit Accumulator(double inverse_temperature)
       : scale_(Real(inverse_temperature * kLog2E)), maximum_(broadcast<Real>(-INFINITY)) {}
@@ -62,19 +62,30 @@ class Accumulator {
     V t[kUnroll], e[kUnroll];
     for (int u = 0; u < kUnroll; ++u) t[u] = (logit[u] - offset_) * scale_;
     exp2_limited<Real>(t, e);
-    for (int u = 0; u < kUnroll; ++u) sum_[u % kSums] += e[u];
+    for (int u = 0; u < kUnroll; ++u) sum_[u] += e[u];
     if (kWeighted) {
-      for (int u = 0; u < kUnroll; ++u) weighted_[u % kSums] = fma(e[u], t[u], weighted_[u % kSums]);
+      for (int u = 0; u < kUnroll; ++u) weighted_[u] = fma(e[u], t[u], weighted_[u]);
+    }
+  }
+
+  // To be called every kAdditions blocks.
+  void move_up() {
+    for (int u = 0; u < kUnroll; ++u) {
+      sums_[u] += sum_[u];
+      sum_[u] = V{};
+      if (kWeighted) weighteds_[u] += weighted_[u];
+      weighted_[u] = V{};
     }
   }
 
   // Lanes are added in a fixed order, in double.
-  OnlineSoftmax<double> result() const {
+  OnlineSoftmax<double> result() {
+    move_up();
     OnlineSoftmax<double> state{double(maximum_[0]), 0.0, 0.0};
-    for (int i = 0; i < kSums; ++i) {
+    for (int i = 0; i < kUnroll; ++i) {
       Real sum[kLanes], weighted[kLanes];
-      store(sum, sum_[i]);
-      store(weighted, weighted_[i]);
+      store(sum, sums_[i]);
+      store(weighted, weighteds_[i]);
       for (int lane = 0; lane < kLanes; ++lane) {
         state.others += double(sum[lane]);
         if (kWeighted) state.weighted += double(weighted[lane]);
@@ -100,9 +111,13 @@ class Accumulator {
     V factor[1];
     exp2_limited<Real>(shift, factor);
     sum_[0] += one_in_first_lane();
-    for (int i = 0; i < kSums; ++i) {
-      if (kWeighted) weighted_[i] = factor[0] * fma(shift[0], sum_[i], weighted_[i]);
+    for (int i = 0; i < kUnroll; ++i) {
+      if (kWeighted) {
+        weighted_[i] = factor[0] * fma(shift[0], sum_[i], weighted_[i]);
+        weighteds_[i] = factor[0] * fma(shift[0], sums_[i], weighteds_[i]);
+      }
       sum_[i] *= factor[0];
+      sums_[i] *= factor[0];
     }
   }
 
@@ -134,8 +149,9 @@ class Accumulator {
   Real scale_;
   V maximum_;   // -inf until something finite is met
   V offset_{};  // the maximum, or 0 while there is none: -inf less -inf would be NaN
-  V sum_[kSums]{};
-  V weighted_[kSums]{};  // in base 2: sum of 2^t t
+  // Sums of 2^t, and of 2^t t: those of the latest blocks, and those before.
+  V sum_[kUnroll]{}, weighted_[kUnroll]{};
+  V sums_[kUnroll]{}, weighteds_[kUnroll]{};
 };
 
 template <typename T, bool kSoftcap, bool kWeighted>
@@ -149,9 +165,14 @@ OnlineSoftmax<double> summarise_span(const T* logits, int64_t count, double inve
   Accumulator<Real, kWeighted> accumulator(inverse_temperature);
   V block[kUnroll];
   int64_t i = 0;
-  for (; i + kBlock <= count; i += kBlock) {
-    for (int u = 0; u < kUnroll; ++u) block[u] = cap.value(load(logits + i + u * kLanes));
-    accumulator.add(block);
+  while (i + kBlock <= count) {
+    const int64_t whole = (count - i) / kBlock;
+    const int64_t end = i + (whole < kAdditions ? whole : kAdditions) * kBlock;
+    for (; i < end; i += kBlock) {
+      for (int u = 0; u < kUnroll; ++u) block[u] = cap.value(load(logits + i + u * kLanes));
+      accumulator.add(block);
+    }
+    accumulator.move_up();
   }
   if (i < count) {
     T rest[kBlock] = {};
