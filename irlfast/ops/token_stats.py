@@ -521,8 +521,8 @@ def _check_inplace(op: str, logits: Tensor) -> None:
     layout = row_layout(logits)
     if layout is None or rows_overlap(layout, logits.shape[-1]):
         raise ValueError(
-            f"{op}: inplace_backward on logits of shape {tuple(logits.shape)} and strides {logits.stride()}, whose rows "
-            "are scattered or overlap; pass logits.contiguous(), or leave inplace_backward out"
+            f"{op}: inplace_backward on logits of shape {tuple(logits.shape)} and strides {logits.stride()}, whose "
+            "rows are scattered or overlap; pass logits.contiguous(), or leave inplace_backward out"
         )
 
 

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -65,14 +65,15 @@ class Run(NamedTuple):
     gradient: Tensor
 
 
-def differentiate(function: Callable[..., TokenStats], logits: Tensor, labels: Tensor, weights: Tensor, **kw) -> Run:
+def differentiate(
+    function: Callable[..., TokenStats], logits: Tensor, labels: Tensor, weights: Tensor, **kw: Any
+) -> Run:
     """Statistics, and the gradient of their weighted sum; weights [3, ...] go to logprob, entropy, lse."""
     leaf = logits.detach().requires_grad_()
     stats = function(leaf, labels, **kw)
-    # A log-prob of -inf is a right answer, and has a gradient; its weighted sum has not.
-    outputs = [o for o in stats if o.requires_grad]
-    grads = [w.to(o.dtype) for o, w in zip(stats, weights, strict=True) if o.requires_grad]
-    (gradient,) = torch.autograd.grad(outputs, leaf, grads)
+    # Vector-Jacobian products, not a loss: a log-prob of -inf has a gradient, and its weighted sum is no number.
+    grads = [w.to(o.dtype) for o, w in zip(stats, weights, strict=True)]
+    (gradient,) = torch.autograd.grad(list(stats), leaf, grads)
     return Run(TokenStats(*(s.detach() for s in stats)), gradient)
 
 
@@ -84,11 +85,11 @@ def error(ours: Tensor, exact: Tensor) -> float:
     return float(difference.max()) if difference.numel() else 0.0
 
 
-def assert_close_to_exact(ours: Run, logits: Tensor, labels: Tensor, weights: Tensor, **kw: object) -> None:
+def assert_close_to_exact(ours: Run, logits: Tensor, labels: Tensor, weights: Tensor, **kw: Any) -> None:
     """No worse than plain torch in the statistics' own precision, by more than a hair.
 
-    Stricter than eager in the logits' dtype: statistics of 16-bit logits are held to float32's error, and their gradient
-    to the rounding of the result.
+    Stricter than eager in the logits' dtype: statistics of 16-bit logits are held to float32's error, and their
+    gradient to the rounding of the result.
     """
     double = {k: v.double() if isinstance(v, Tensor) else v for k, v in kw.items()}
     exact = differentiate(token_stats_reference, logits.double(), labels, weights.double(), **double)
@@ -214,7 +215,7 @@ def test_compiles_to_one_graph(dynamic: bool) -> None:
 
 
 @pytest.fixture
-def threads() -> Callable[[int], None]:
+def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -494,9 +495,9 @@ def test_temperature_as_tensor_equals_number() -> None:
     ],
 )
 def test_bad_arguments_are_named(
-    arguments: dict[str, object], exception: type[Exception], message: str, impl: str
+    arguments: dict[str, Any], exception: type[Exception], message: str, impl: str
 ) -> None:
-    defaults: dict[str, object] = {"logits": torch.zeros(2, 5), "labels": torch.zeros(2, dtype=torch.long)}
+    defaults: dict[str, Any] = {"logits": torch.zeros(2, 5), "labels": torch.zeros(2, dtype=torch.long)}
     with pytest.raises(exception, match=message):
         token_stats(**{**defaults, **arguments}, impl=impl)
 
@@ -516,7 +517,7 @@ def test_unavailable_implementations_say_why() -> None:
 
 def test_native_code_refuses_null_and_nonsense() -> None:
     layout = (1, 2, 0, 5)
-    arguments = [0, 0, layout, 5, 0, 1, -100, 1.0, 0, 0.0, 0, 0, 0, 0, 1, "auto"]
+    arguments: list[Any] = [0, 0, layout, 5, 0, 1, -100, 1.0, 0, 0.0, 0, 0, 0, 0, 1, "auto"]
     with pytest.raises(ValueError, match="logits is a null pointer"):
         _native.token_stats_forward(*arguments)
     with pytest.raises(ValueError, match="dtype code 9 is unknown"):
