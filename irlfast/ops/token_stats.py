@@ -14,6 +14,7 @@ followed by the chain rule through 1 / T and the softcap (factor 1 - tanh^2). On
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from irlfast.ops._dispatch import (
     not_in_this_release,
     row_layout,
     rows_overlap,
+    runs_undispatched,
     select,
     statistics_dtype,
 )
@@ -129,10 +131,11 @@ def forward_cpu(
         _check_row_temperature(row_temperature)
     dtype = statistics_dtype(logits.dtype)
     rows = layout[0] * layout[1]
-    logprob = torch.empty(labels.shape, dtype=dtype)
-    entropy = torch.empty(rows_shape if with_entropy else (0,), dtype=dtype)
-    lse = torch.empty(rows_shape, dtype=dtype)
-    state = torch.empty((3, rows), dtype=dtype)
+    # new_empty, not torch.empty: beside the logits, whatever the default device.
+    logprob = logits.new_empty(labels.shape, dtype=dtype)
+    entropy = logits.new_empty(rows_shape if with_entropy else (0,), dtype=dtype)
+    lse = logits.new_empty(rows_shape, dtype=dtype)
+    state = logits.new_empty((3, rows), dtype=dtype)
     _native.token_stats_forward(
         logits.data_ptr(),
         DTYPE_CODES[logits.dtype],
@@ -169,7 +172,7 @@ def backward_cpu(
     isa: str = "auto",
 ) -> Tensor:
     """The native gradient, in a new contiguous tensor."""
-    gradient = torch.empty(logits.shape, dtype=logits.dtype)
+    gradient = logits.new_empty(logits.shape)
     nbytes = gradient.numel() * gradient.element_size()
     if nbytes >= _HUGE_PAGES_FROM:
         _native.advise_huge_pages(gradient.data_ptr(), nbytes)
@@ -292,14 +295,28 @@ def _backward(
         grad_entropy,
         grad_lse,
     )
+    # With create_graph the registered op is called, whose own derivative says that there is none.
+    direct = runs_undispatched(logits) and not torch.is_grad_enabled()
     if ctx.inplace_backward:
         gradient = logits.detach()
-        torch.ops.irlfast.token_stats_backward_(gradient, *arguments)
+        (backward_cpu_ if direct else torch.ops.irlfast.token_stats_backward_)(gradient, *arguments)
         # The native code wrote behind autograd's back: whoever saved these logits must hear of it and not use them.
         torch.autograd.graph.increment_version(gradient)
     else:
-        gradient = torch.ops.irlfast.token_stats_backward(logits, *arguments)
+        gradient = (backward_cpu if direct else torch.ops.irlfast.token_stats_backward)(logits, *arguments)
     return gradient, None, None, None, None, None, None, None
+
+
+class _TokenStats(torch.autograd.Function):
+    """The registered op without the dispatcher, whose two Python calls cost more than the kernel on a small batch."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Statistics:
+        output = forward_cpu(*inputs)
+        _save_for_backward(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
@@ -335,7 +352,10 @@ def _run_native(
         temperature = 1.0
     if labels.dtype != torch.int64:
         labels = labels.long()
-    logprob, entropy, lse, _ = torch.ops.irlfast.token_stats(
+    run: Callable[..., Statistics] = torch.ops.irlfast.token_stats
+    if runs_undispatched(logits):
+        run = _TokenStats.apply if logits.requires_grad and torch.is_grad_enabled() else forward_cpu
+    logprob, entropy, lse, _ = run(
         logits, labels, row_temperature, temperature, softcap or 0.0, ignore_index, with_entropy, inplace_backward
     )
     return TokenStats(logprob, entropy, lse)

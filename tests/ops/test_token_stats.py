@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from irlfast import _native
 from irlfast.ops import TokenStats, token_logprobs, token_stats, token_stats_reference
@@ -532,6 +533,33 @@ def test_second_derivative_is_refused() -> None:
     (gradient,) = torch.autograd.grad(logprob.sum(), logits, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         gradient.square().sum().backward()
+
+
+def test_default_device_does_not_move_the_outputs() -> None:
+    logits, labels = torch.randn(2, 5, requires_grad=True), torch.tensor([1, 2])
+    with torch.device("meta"):
+        stats = token_stats(logits, labels)
+        (gradient,) = torch.autograd.grad(stats.entropy, logits, torch.ones(2, device="cpu"))
+    assert all(s.device.type == "cpu" for s in (*stats, gradient))
+
+
+def test_traced_as_one_op() -> None:
+    """A dispatch mode sees the op: the short way around the dispatcher is not taken where somebody watches."""
+    traced = make_fx(lambda x, y: token_stats(x, y).logprob)(torch.randn(2, 5), torch.tensor([1, 2]))
+    assert torch.ops.irlfast.token_stats.default in [node.target for node in traced.graph.nodes]
+
+
+def test_functional_transforms_take_the_reference() -> None:
+    torch.manual_seed(24)
+    logits, labels = torch.randn(3, 20), torch.randint(20, (3,))
+
+    def entropy(x: Tensor, impl: str) -> Tensor:
+        return token_stats(x, labels, impl=impl).entropy.sum()
+
+    expected = differentiate(token_stats, logits, labels, torch.tensor([[0.0], [1.0], [0.0]]).expand(3, 3)).gradient
+    torch.testing.assert_close(torch.func.grad(entropy)(logits, "auto"), expected)
+    with pytest.raises(RuntimeError, match=r"impl='cpu' is not available: a torch.func transform is active"):
+        torch.func.grad(entropy)(logits, "cpu")
 
 
 def test_nothing_is_kept_without_grad() -> None:
