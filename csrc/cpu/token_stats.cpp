@@ -12,8 +12,9 @@
 namespace irlfast {
 namespace {
 
-// A row is summarised in pieces of this many logits, merged in order. Few rows are shared out over the threads by piece,
-// many by row: either way the same pieces are added in the same order. Long, as every piece has to find its maximum anew.
+// A row is summarised in pieces of this many logits, merged in order. Few rows are shared out over the threads by
+// piece, many by row: either way the same pieces are added in the same order. Long, as every piece has to find its
+// maximum anew.
 constexpr int64_t kPiece = 32768;
 
 // Below this many logits a team of threads costs more than it saves.
@@ -85,8 +86,8 @@ class Rows {
 
   OnlineSoftmax<double> summarise_piece(int64_t row, int64_t piece, bool weighted) const {
     const int64_t begin = piece * kPiece;
-    return spans_.summarise[dtype_](logit(row, begin), std::min(kPiece, input_.vocab - begin),
-                                    inverse_temperature(row), input_.softcap, weighted);
+    return spans_.summarise[dtype_](logit(row, begin), std::min(kPiece, input_.vocab - begin), inverse_temperature(row),
+                                    input_.softcap, weighted);
   }
 
  private:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# torch first: the extension's OpenMP symbols resolve to the runtime torch has loaded.
 from irlfast import _native
 
 # Definitions are added where each op is; registering them is what importing irlfast.ops does.
@@ -69,7 +68,18 @@ def cpu_kernel_unavailable(tensor: Tensor) -> str | None:
         return f"the tensor is on {tensor.device}, the kernel runs on the CPU"
     if tensor.dtype not in DTYPE_CODES:
         return f"the tensor is {tensor.dtype}, the kernel takes {', '.join(map(str, DTYPE_CODES))}"
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active, and the kernel has no rule for those"
     return None
+
+
+def runs_undispatched(tensor: Tensor) -> bool:
+    """Whether a kernel may be called without torch's dispatcher: a plain tensor, and nobody tracing."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -14,6 +14,7 @@ followed by the chain rule through 1 / T and the softcap (factor 1 - tanh^2). On
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from irlfast.ops._dispatch import (
     not_in_this_release,
     row_layout,
     rows_overlap,
+    runs_undispatched,
     select,
     statistics_dtype,
 )
@@ -81,9 +83,7 @@ def token_stats_reference(
     logprob = log_p.gather(-1, index.masked_fill(ignored | outside, 0)).masked_fill(ignored, 0.0)
     logprob = logprob.masked_fill(outside, math.nan)
     outside_row = outside.any(dim=-1)
-    entropy, lse = (
-        x.masked_fill(ignored_row, 0.0).masked_fill(outside_row, math.nan) for x in (entropy, lse)
-    )
+    entropy, lse = (x.masked_fill(ignored_row, 0.0).masked_fill(outside_row, math.nan) for x in (entropy, lse))
     return TokenStats(logprob if several else logprob.squeeze(-1), entropy, lse)
 
 
@@ -131,10 +131,11 @@ def forward_cpu(
         _check_row_temperature(row_temperature)
     dtype = statistics_dtype(logits.dtype)
     rows = layout[0] * layout[1]
-    logprob = torch.empty(labels.shape, dtype=dtype)
-    entropy = torch.empty(rows_shape if with_entropy else (0,), dtype=dtype)
-    lse = torch.empty(rows_shape, dtype=dtype)
-    state = torch.empty((3, rows), dtype=dtype)
+    # new_empty, not torch.empty: beside the logits, whatever the default device.
+    logprob = logits.new_empty(labels.shape, dtype=dtype)
+    entropy = logits.new_empty(rows_shape if with_entropy else (0,), dtype=dtype)
+    lse = logits.new_empty(rows_shape, dtype=dtype)
+    state = logits.new_empty((3, rows), dtype=dtype)
     _native.token_stats_forward(
         logits.data_ptr(),
         DTYPE_CODES[logits.dtype],
@@ -171,7 +172,7 @@ def backward_cpu(
     isa: str = "auto",
 ) -> Tensor:
     """The native gradient, in a new contiguous tensor."""
-    gradient = torch.empty(logits.shape, dtype=logits.dtype)
+    gradient = logits.new_empty(logits.shape)
     nbytes = gradient.numel() * gradient.element_size()
     if nbytes >= _HUGE_PAGES_FROM:
         _native.advise_huge_pages(gradient.data_ptr(), nbytes)
@@ -294,14 +295,28 @@ def _backward(
         grad_entropy,
         grad_lse,
     )
+    # With create_graph the registered op is called, whose own derivative says that there is none.
+    direct = runs_undispatched(logits) and not torch.is_grad_enabled()
     if ctx.inplace_backward:
         gradient = logits.detach()
-        torch.ops.irlfast.token_stats_backward_(gradient, *arguments)
+        (backward_cpu_ if direct else torch.ops.irlfast.token_stats_backward_)(gradient, *arguments)
         # The native code wrote behind autograd's back: whoever saved these logits must hear of it and not use them.
         torch.autograd.graph.increment_version(gradient)
     else:
-        gradient = torch.ops.irlfast.token_stats_backward(logits, *arguments)
+        gradient = (backward_cpu if direct else torch.ops.irlfast.token_stats_backward)(logits, *arguments)
     return gradient, None, None, None, None, None, None, None
+
+
+class _TokenStats(torch.autograd.Function):
+    """The registered op without the dispatcher, whose two Python calls cost more than the kernel on a small batch."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Statistics:
+        output = forward_cpu(*inputs)
+        _save_for_backward(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
@@ -337,7 +352,10 @@ def _run_native(
         temperature = 1.0
     if labels.dtype != torch.int64:
         labels = labels.long()
-    logprob, entropy, lse, _ = torch.ops.irlfast.token_stats(
+    run: Callable[..., Statistics] = torch.ops.irlfast.token_stats
+    if runs_undispatched(logits):
+        run = _TokenStats.apply if logits.requires_grad and torch.is_grad_enabled() else forward_cpu
+    logprob, entropy, lse, _ = run(
         logits, labels, row_temperature, temperature, softcap or 0.0, ignore_index, with_entropy, inplace_backward
     )
     return TokenStats(logprob, entropy, lse)
@@ -407,7 +425,7 @@ def token_stats(
         ValueError: shapes, temperature or softcap; `inplace_backward` on a leaf or on logits that overlap themselves.
         RuntimeError: an `impl` that is not available here; `inplace_backward` without a fused kernel.
     """
-    if labels.shape != logits.shape[:-1]:
+    if logits.ndim > 0 and labels.shape != logits.shape[:-1]:
         raise ValueError(
             f"token_stats: labels have shape {tuple(labels.shape)}, expected {tuple(logits.shape[:-1])} for logits "
             f"{tuple(logits.shape)}; token_logprobs takes several labels a row"
@@ -439,7 +457,7 @@ def token_logprobs(
     Returns:
         Log-probs in nats, shaped as the labels, float32 (float64 for float64 logits).
     """
-    if labels.shape != logits.shape[:-1] and labels.shape[:-1] != logits.shape[:-1]:
+    if logits.ndim > 0 and logits.shape[:-1] not in (labels.shape, labels.shape[:-1]):
         shape = ", ".join(map(str, logits.shape[:-1]))
         raise ValueError(
             f"token_logprobs: labels have shape {tuple(labels.shape)}, expected [{shape}] or [{shape}, K] for logits "
@@ -482,6 +500,8 @@ def _check(op: str, logits: Tensor, labels: Tensor, temperature: float | Tensor,
         raise TypeError(f"{op}: labels are {labels.dtype}, expected integers; convert them with labels.long()")
     if labels.device != logits.device:
         raise ValueError(f"{op}: labels are on {labels.device}, logits on {logits.device}; move one to the other")
+    if logits.ndim == 0:
+        raise ValueError(f"{op}: logits are a single number, expected at least one dimension, the vocabulary")
     if logits.shape[-1] == 0:
         raise ValueError(f"{op}: logits of shape {tuple(logits.shape)} have an empty vocabulary")
     if isinstance(temperature, Tensor):
@@ -510,7 +530,9 @@ _LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 def _check_inplace(op: str, logits: Tensor) -> None:
     if torch.compiler.is_compiling():
-        raise ValueError(f"{op}: inplace_backward inside torch.compile: the compiler plans its own buffers, leave it out")
+        raise ValueError(
+            f"{op}: inplace_backward inside torch.compile: the compiler plans its own buffers, leave it out"
+        )
     if logits.requires_grad and logits.is_leaf:
         raise ValueError(
             f"{op}: inplace_backward on a leaf: its .grad would be its own storage; pass logits a model computed, or "
@@ -519,8 +541,8 @@ def _check_inplace(op: str, logits: Tensor) -> None:
     layout = row_layout(logits)
     if layout is None or rows_overlap(layout, logits.shape[-1]):
         raise ValueError(
-            f"{op}: inplace_backward on logits of shape {tuple(logits.shape)} and strides {logits.stride()}, whose rows "
-            "are scattered or overlap; pass logits.contiguous(), or leave inplace_backward out"
+            f"{op}: inplace_backward on logits of shape {tuple(logits.shape)} and strides {logits.stride()}, whose "
+            "rows are scattered or overlap; pass logits.contiguous(), or leave inplace_backward out"
         )
 
 

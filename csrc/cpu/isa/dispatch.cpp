@@ -1,5 +1,4 @@
 #include "irlfast/isa.h"
-
 #include "isa/softmax_spans.h"
 
 namespace irlfast {

@@ -11,8 +11,12 @@
 namespace irlfast {
 namespace {
 
-// Vectors in flight: enough to hide the latency of the polynomial, few enough to stay in registers.
-constexpr int kUnroll = 4;
+// Vectors worked on together: enough to hide the latency of the polynomial, few enough to stay in registers.
+constexpr int kUnroll = kVectorBytes == 64 ? 2 : 4;
+
+// After this many additions to it a partial sum moves into a second level: the rounding error of a sum grows with the
+// number of its terms, and a row has thousands for each lane.
+constexpr int kAdditions = 64;
 
 // Logits as the statistics see them: after softcap, before the temperature.
 template <typename Real, bool kSoftcap>
@@ -54,30 +58,37 @@ class Accumulator {
   inline __attribute__((always_inline)) void add(V (&logit)[kUnroll]) {
     V top = logit[0];
     for (int u = 1; u < kUnroll; ++u) top = max(top, logit[u]);
-    if (__builtin_expect(any_greater(top, maximum_), 0)) {
-      // On copies: were the members' own address to leave this function, they would live in memory all along.
-      Accumulator copy = *this;
-      V block[kUnroll];
-      for (int u = 0; u < kUnroll; ++u) block[u] = logit[u];
-      raise_maximum(copy, block);
-      for (int u = 0; u < kUnroll; ++u) logit[u] = block[u];
-      *this = copy;
+    if (__builtin_expect(any_greater(top, maximum_), 0)) raise_maximum(logit, top);
+    V t[kUnroll], e[kUnroll];
+    for (int u = 0; u < kUnroll; ++u) t[u] = (logit[u] - offset_) * scale_;
+    exp2_limited<Real>(t, e);
+    for (int u = 0; u < kUnroll; ++u) sum_[u] += e[u];
+    if (kWeighted) {
+      for (int u = 0; u < kUnroll; ++u) weighted_[u] = fma(e[u], t[u], weighted_[u]);
     }
+  }
+
+  // To be called every kAdditions blocks.
+  void move_up() {
     for (int u = 0; u < kUnroll; ++u) {
-      V t = (logit[u] - offset_) * scale_;
-      const V e = exp2_limited<Real>(t);
-      sum_[u] += e;
-      if (kWeighted) weighted_[u] = fma(e, t, weighted_[u]);
+      sums_[u] += sum_[u];
+      sum_[u] = V{};
+      if (kWeighted) weighteds_[u] += weighted_[u];
+      weighted_[u] = V{};
     }
   }
 
   // Lanes are added in a fixed order, in double.
-  OnlineSoftmax<double> result() const {
+  OnlineSoftmax<double> result() {
+    move_up();
     OnlineSoftmax<double> state{double(maximum_[0]), 0.0, 0.0};
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int i = 0; i < kUnroll; ++i) {
+      Real sum[kLanes], weighted[kLanes];
+      store(sum, sums_[i]);
+      store(weighted, weighteds_[i]);
       for (int lane = 0; lane < kLanes; ++lane) {
-        state.others += double(sum_[u][lane]);
-        if (kWeighted) state.weighted += double(weighted_[u][lane]);
+        state.others += double(sum[lane]);
+        if (kWeighted) state.weighted += double(weighted[lane]);
       }
     }
     state.weighted *= kLn2;
@@ -86,37 +97,61 @@ class Accumulator {
 
  private:
   // Rare: about log(blocks) times a row. What was the argmax joins the others; the new one is struck from its block.
-  static __attribute__((noinline, cold)) void raise_maximum(Accumulator& a, V (&logit)[kUnroll]) {
-    Real highest = a.maximum_[0];
-    int u_highest = 0, lane_highest = 0;
+  inline __attribute__((always_inline)) void raise_maximum(V (&logit)[kUnroll], V top) {
+    // By way of a copy: were the address of `logit` itself to leave this function, it would live in memory all along.
+    V block[kUnroll];
+    for (int u = 0; u < kUnroll; ++u) block[u] = logit[u];
+    const Real before = maximum_[0];
+    const Real highest = strike_maximum(block, top);
+    for (int u = 0; u < kUnroll; ++u) logit[u] = block[u];
+    maximum_ = broadcast(highest);
+    offset_ = maximum_;
+    if (before == -INFINITY) return;
+    V shift[1] = {broadcast((before - highest) * scale_)};
+    V factor[1];
+    exp2_limited<Real>(shift, factor);
+    sum_[0] += one_in_first_lane();
+    for (int i = 0; i < kUnroll; ++i) {
+      if (kWeighted) {
+        weighted_[i] = factor[0] * fma(shift[0], sum_[i], weighted_[i]);
+        weighteds_[i] = factor[0] * fma(shift[0], sums_[i], weighteds_[i]);
+      }
+      sum_[i] *= factor[0];
+      sums_[i] *= factor[0];
+    }
+  }
+
+  // The highest element, whichever lane of `top` it is in; its first occurrence becomes -inf.
+  static __attribute__((noinline, cold)) Real strike_maximum(V (&block)[kUnroll], V top) {
+    Real lanes[kLanes];
+    store(lanes, top);
+    Real highest = -INFINITY;
+    for (int lane = 0; lane < kLanes; ++lane) highest = lanes[lane] > highest ? lanes[lane] : highest;
     for (int u = 0; u < kUnroll; ++u) {
+      store(lanes, block[u]);
       for (int lane = 0; lane < kLanes; ++lane) {
-        if (logit[u][lane] > highest) {
-          highest = logit[u][lane];
-          u_highest = u;
-          lane_highest = lane;
+        if (lanes[lane] == highest) {
+          lanes[lane] = -INFINITY;
+          block[u] = load(lanes);
+          return highest;
         }
       }
     }
-    logit[u_highest][lane_highest] = -INFINITY;
-    const Real before = a.maximum_[0];
-    a.maximum_ = broadcast(highest);
-    a.offset_ = a.maximum_;
-    if (before == -INFINITY) return;
-    a.sum_[0][0] += 1;
-    V shift = broadcast((before - highest) * a.scale_);
-    const V factor = exp2_limited<Real>(shift);
-    for (int u = 0; u < kUnroll; ++u) {
-      if (kWeighted) a.weighted_[u] = factor * fma(shift, a.sum_[u], a.weighted_[u]);
-      a.sum_[u] *= factor;
-    }
+    return highest;
+  }
+
+  static V one_in_first_lane() {
+    V one{};
+    one[0] = 1;
+    return one;
   }
 
   Real scale_;
   V maximum_;   // -inf until something finite is met
   V offset_{};  // the maximum, or 0 while there is none: -inf less -inf would be NaN
-  V sum_[kUnroll]{};
-  V weighted_[kUnroll]{};  // in base 2: sum of 2^t t
+  // Sums of 2^t, and of 2^t t: those of the latest blocks, and those before.
+  V sum_[kUnroll]{}, weighted_[kUnroll]{};
+  V sums_[kUnroll]{}, weighteds_[kUnroll]{};
 };
 
 template <typename T, bool kSoftcap, bool kWeighted>
@@ -130,9 +165,14 @@ OnlineSoftmax<double> summarise_span(const T* logits, int64_t count, double inve
   Accumulator<Real, kWeighted> accumulator(inverse_temperature);
   V block[kUnroll];
   int64_t i = 0;
-  for (; i + kBlock <= count; i += kBlock) {
-    for (int u = 0; u < kUnroll; ++u) block[u] = cap.value(load(logits + i + u * kLanes));
-    accumulator.add(block);
+  while (i + kBlock <= count) {
+    const int64_t whole = (count - i) / kBlock;
+    const int64_t end = i + (whole < kAdditions ? whole : kAdditions) * kBlock;
+    for (; i < end; i += kBlock) {
+      for (int u = 0; u < kUnroll; ++u) block[u] = cap.value(load(logits + i + u * kLanes));
+      accumulator.add(block);
+    }
+    accumulator.move_up();
   }
   if (i < count) {
     T rest[kBlock] = {};
@@ -172,19 +212,25 @@ class Gradient {
         constant_(broadcast(Real(g.constant))),
         linear_(broadcast(Real(g.linear * kLn2))) {}
 
-  inline __attribute__((always_inline)) V operator()(V logit) const {
-    V slope;
-    V t = (cap_.value(logit, slope) - max_) * scale_;
-    const V e = exp2_limited<Real>(t);
-    const V gradient = e * fma(linear_, t, constant_);
-    return kSoftcap ? gradient * slope : gradient;
+  // The gradient of each logit, in place.
+  template <int kVectors>
+  inline __attribute__((always_inline)) void apply(V (&x)[kVectors]) const {
+    V slope[kVectors], t[kVectors], e[kVectors];
+    for (int u = 0; u < kVectors; ++u) t[u] = (cap_.value(x[u], slope[u]) - max_) * scale_;
+    exp2_limited<Real>(t, e);
+    for (int u = 0; u < kVectors; ++u) x[u] = e[u] * fma(linear_, t[u], constant_);
+    if (kSoftcap) {
+      for (int u = 0; u < kVectors; ++u) x[u] *= slope[u];
+    }
   }
 
   void few(const T* logits, T* gradient, int64_t count) const {
     constexpr int kLanes = Traits<Real>::kLanes;
     T buffer[kLanes] = {};
     memcpy(buffer, logits, size_t(count) * sizeof(T));
-    store(buffer, (*this)(load(buffer)));
+    V x[1] = {load(buffer)};
+    apply(x);
+    store(buffer, x[0]);
     memcpy(gradient, buffer, size_t(count) * sizeof(T));
   }
 
@@ -194,6 +240,11 @@ class Gradient {
   Real scale_;
   V constant_, linear_;
 };
+
+template <bool kStream, typename T, typename V>
+IRLFAST_VEC void put(T* destination, V value) {
+  kStream ? stream(destination, value) : store(destination, value);
+}
 
 template <typename T, bool kSoftcap, bool kStream>
 void differentiate_span(const T* logits, T* gradient, int64_t count, const SoftmaxGradient& parameters) {
@@ -211,15 +262,13 @@ void differentiate_span(const T* logits, T* gradient, int64_t count, const Softm
       gradient_of.few(logits, gradient, i);
     }
   }
-  for (; i + kLanes <= count; i += kLanes) {
-    const auto value = gradient_of(load(logits + i));
-    if (kStream) {
-      stream(gradient + i, value);
-    } else {
-      store(gradient + i, value);
-    }
+  typename Traits<Real>::V x[kUnroll];
+  for (; i + kUnroll * kLanes <= count; i += kUnroll * kLanes) {
+    for (int u = 0; u < kUnroll; ++u) x[u] = load(logits + i + u * kLanes);
+    gradient_of.apply(x);
+    for (int u = 0; u < kUnroll; ++u) put<kStream>(gradient + i + u * kLanes, x[u]);
   }
-  if (i < count) gradient_of.few(logits + i, gradient + i, count - i);
+  for (; i < count; i += kLanes) gradient_of.few(logits + i, gradient + i, count - i < kLanes ? count - i : kLanes);
   if (kStream) stream_fence();
 }
 

@@ -33,9 +33,10 @@ struct SoftmaxSpans {
   using Element = LogitElement (*)(const void* logit, double softcap);
   using Store = void (*)(void* destination, double value);
 
-  Summarise summarise[kDTypes];      // `weighted` is left 0 where it is not asked for
-  Differentiate differentiate[kDTypes];  // the gradient may be the logits themselves, and may not overlap them otherwise
-  Element element[kDTypes];          // the very value the passes saw
+  Summarise summarise[kDTypes];  // `weighted` is left 0 where it is not asked for
+  Differentiate
+      differentiate[kDTypes];  // the gradient may be the logits themselves, and may not overlap them otherwise
+  Element element[kDTypes];    // the very value the passes saw
   Store store[kDTypes];
 };
 

@@ -66,19 +66,43 @@ IRLFAST_VEC typename Traits<Real>::V broadcast(Real x) {
 
 // The second operand where either is NaN, as the maxps instruction has it.
 #if defined(__AVX512F__)
-IRLFAST_VEC VecF max(VecF a, VecF b) { return _mm512_max_ps(a, b); }
-IRLFAST_VEC VecD max(VecD a, VecD b) { return _mm512_max_pd(a, b); }
-IRLFAST_VEC VecF fma(VecF a, VecF b, VecF c) { return _mm512_fmadd_ps(a, b, c); }
-IRLFAST_VEC VecD fma(VecD a, VecD b, VecD c) { return _mm512_fmadd_pd(a, b, c); }
-IRLFAST_VEC bool any_greater(VecF a, VecF b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
-IRLFAST_VEC bool any_greater(VecD a, VecD b) { return _mm512_cmp_pd_mask(a, b, _CMP_GT_OQ) != 0; }
+IRLFAST_VEC VecF max(VecF a, VecF b) {
+  return _mm512_max_ps(a, b);
+}
+IRLFAST_VEC VecD max(VecD a, VecD b) {
+  return _mm512_max_pd(a, b);
+}
+IRLFAST_VEC VecF fma(VecF a, VecF b, VecF c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+IRLFAST_VEC VecD fma(VecD a, VecD b, VecD c) {
+  return _mm512_fmadd_pd(a, b, c);
+}
+IRLFAST_VEC bool any_greater(VecF a, VecF b) {
+  return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0;
+}
+IRLFAST_VEC bool any_greater(VecD a, VecD b) {
+  return _mm512_cmp_pd_mask(a, b, _CMP_GT_OQ) != 0;
+}
 #elif defined(__AVX2__)
-IRLFAST_VEC VecF max(VecF a, VecF b) { return _mm256_max_ps(a, b); }
-IRLFAST_VEC VecD max(VecD a, VecD b) { return _mm256_max_pd(a, b); }
-IRLFAST_VEC VecF fma(VecF a, VecF b, VecF c) { return _mm256_fmadd_ps(a, b, c); }
-IRLFAST_VEC VecD fma(VecD a, VecD b, VecD c) { return _mm256_fmadd_pd(a, b, c); }
-IRLFAST_VEC bool any_greater(VecF a, VecF b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
-IRLFAST_VEC bool any_greater(VecD a, VecD b) { return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_GT_OQ)) != 0; }
+IRLFAST_VEC VecF max(VecF a, VecF b) {
+  return _mm256_max_ps(a, b);
+}
+IRLFAST_VEC VecD max(VecD a, VecD b) {
+  return _mm256_max_pd(a, b);
+}
+IRLFAST_VEC VecF fma(VecF a, VecF b, VecF c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
+IRLFAST_VEC VecD fma(VecD a, VecD b, VecD c) {
+  return _mm256_fmadd_pd(a, b, c);
+}
+IRLFAST_VEC bool any_greater(VecF a, VecF b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
+}
+IRLFAST_VEC bool any_greater(VecD a, VecD b) {
+  return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_GT_OQ)) != 0;
+}
 #else
 template <typename V>
 IRLFAST_VEC V max(V a, V b) {
@@ -105,10 +129,18 @@ IRLFAST_VEC typename Traits<Real>::I lane_numbers() {
   return numbers;
 }
 
-IRLFAST_VEC IntF bits(VecF x) { return reinterpret_cast<IntF>(x); }
-IRLFAST_VEC IntD bits(VecD x) { return reinterpret_cast<IntD>(x); }
-IRLFAST_VEC VecF from_bits(IntF x) { return reinterpret_cast<VecF>(x); }
-IRLFAST_VEC VecD from_bits(IntD x) { return reinterpret_cast<VecD>(x); }
+IRLFAST_VEC IntF bits(VecF x) {
+  return reinterpret_cast<IntF>(x);
+}
+IRLFAST_VEC IntD bits(VecD x) {
+  return reinterpret_cast<IntD>(x);
+}
+IRLFAST_VEC VecF from_bits(IntF x) {
+  return reinterpret_cast<VecF>(x);
+}
+IRLFAST_VEC VecD from_bits(IntD x) {
+  return reinterpret_cast<VecD>(x);
+}
 
 IRLFAST_VEC VecF load(const float* p) {
   VecF x;
@@ -169,8 +201,12 @@ IRLFAST_VEC HalfF to_float16(VecF x) {
 #endif
 }
 
-IRLFAST_VEC void store(float* p, VecF x) { std::memcpy(p, &x, sizeof x); }
-IRLFAST_VEC void store(double* p, VecD x) { std::memcpy(p, &x, sizeof x); }
+IRLFAST_VEC void store(float* p, VecF x) {
+  std::memcpy(p, &x, sizeof x);
+}
+IRLFAST_VEC void store(double* p, VecD x) {
+  std::memcpy(p, &x, sizeof x);
+}
 IRLFAST_VEC void store(BFloat16* p, VecF x) {
   const HalfF half = to_bfloat16(x);
   std::memcpy(p, &half, sizeof half);
@@ -182,8 +218,12 @@ IRLFAST_VEC void store(Float16* p, VecF x) {
 
 // Past the caches, for results too large to be read back from them. The address is aligned to the bytes written.
 #if defined(__AVX512F__)
-IRLFAST_VEC void stream(float* p, VecF x) { _mm512_stream_ps(p, x); }
-IRLFAST_VEC void stream(double* p, VecD x) { _mm512_stream_pd(p, x); }
+IRLFAST_VEC void stream(float* p, VecF x) {
+  _mm512_stream_ps(p, x);
+}
+IRLFAST_VEC void stream(double* p, VecD x) {
+  _mm512_stream_pd(p, x);
+}
 IRLFAST_VEC void stream(BFloat16* p, VecF x) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(to_bfloat16(x)));
 }
@@ -191,8 +231,12 @@ IRLFAST_VEC void stream(Float16* p, VecF x) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(to_float16(x)));
 }
 #elif defined(__AVX2__)
-IRLFAST_VEC void stream(float* p, VecF x) { _mm256_stream_ps(p, x); }
-IRLFAST_VEC void stream(double* p, VecD x) { _mm256_stream_pd(p, x); }
+IRLFAST_VEC void stream(float* p, VecF x) {
+  _mm256_stream_ps(p, x);
+}
+IRLFAST_VEC void stream(double* p, VecD x) {
+  _mm256_stream_pd(p, x);
+}
 IRLFAST_VEC void stream(BFloat16* p, VecF x) {
   _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(to_bfloat16(x)));
 }

@@ -9,83 +9,109 @@ namespace {
 constexpr double kLog2E = 1.4426950408889634074;
 constexpr double kLn2 = 0.6931471805599453094;
 
-// 2^t = 2^n 2^f with n the nearest integer and |f| <= 1/2: adding 1.5 * 2^(mantissa bits) rounds t and leaves n in the
-// low bits. 2^f = 1 + f q(f); the leading 1 is exact, so that 2^0 is.
+// 2^t = 2^n 2^f with n the nearest integer and |f| <= 1/2. 2^f = 1 + f q(f); the leading 1 is exact, so that 2^0 is.
+// The result is 0 at kLowest: below the smallest normal number, or low enough to underflow where the processor has an
+// instruction that scales by a power of two and does underflow.
 template <typename Real>
 struct Exp2;
 
 template <>
 struct Exp2<float> {
   static constexpr float kRound = 0x1.8p23f;
-  static constexpr float kLowest = -126.0f;  // below, the result would be subnormal and is 0
+#if defined(__AVX512F__)
+  static constexpr float kLowest = -160.0f;
+#else
+  static constexpr float kLowest = -127.0f;
+#endif
   static constexpr int kMantissaBits = 23;
   static constexpr int32_t kOne = 0x3f800000;
 
-  // Minimax in relative error over [-1/2, 1/2] with the constant term held at 1: 9.2e-8.
-  static IRLFAST_VEC VecF q(VecF f) {
-    VecF r = broadcast(0x1.5bba14p-10f);
-    r = fma(r, f, broadcast(0x1.3cea88p-7f));
-    r = fma(r, f, broadcast(0x1.c6b752p-5f));
-    r = fma(r, f, broadcast(0x1.ebf9bcp-3f));
-    return fma(r, f, broadcast(0x1.62e42ap-1f));
-  }
+  // Minimax in relative error over [-1/2, 1/2] with the constant term held at 1: 9.2e-8. Highest power first.
+  static constexpr int kTerms = 5;
+  static constexpr float kQ[kTerms] = {0x1.5bba14p-10f, 0x1.3cea88p-7f, 0x1.c6b752p-5f, 0x1.ebf9bcp-3f, 0x1.62e42ap-1f};
 
   // One degree more (2.0e-9), where q itself and not 1 + f q has to be accurate.
-  static IRLFAST_VEC VecF q_accurate(VecF f) {
-    VecF r = broadcast(0x1.41fbbcp-13f);
-    r = fma(r, f, broadcast(0x1.5f3e52p-10f));
-    r = fma(r, f, broadcast(0x1.3b2d4cp-7f));
-    r = fma(r, f, broadcast(0x1.c6aee8p-5f));
-    r = fma(r, f, broadcast(0x1.ebfbdcp-3f));
-    return fma(r, f, broadcast(0x1.62e430p-1f));
-  }
+  static constexpr int kAccurateTerms = 6;
+  static constexpr float kAccurateQ[kAccurateTerms] = {0x1.41fbbcp-13f, 0x1.5f3e52p-10f, 0x1.3b2d4cp-7f,
+                                                       0x1.c6aee8p-5f,  0x1.ebfbdcp-3f,  0x1.62e430p-1f};
 };
-
-// Of (2^f - 1) / f: ln2^k / k! from k = 1 to 13. The next term is below 4e-18 of 2^f.
-struct Taylor {
-  double coefficient[13];
-  constexpr Taylor() : coefficient{} {
-    double term = kLn2;
-    for (int k = 0; k < 13; ++k) {
-      coefficient[k] = term;
-      term *= kLn2 / (k + 2);
-    }
-  }
-};
-constexpr Taylor kTaylor;
 
 template <>
 struct Exp2<double> {
   static constexpr double kRound = 0x1.8p52;
-  static constexpr double kLowest = -1022.0;
+#if defined(__AVX512F__)
+  static constexpr double kLowest = -1100.0;
+#else
+  static constexpr double kLowest = -1023.0;
+#endif
   static constexpr int kMantissaBits = 52;
   static constexpr int64_t kOne = 0x3ff0000000000000;
 
-  static IRLFAST_VEC VecD q(VecD f) {
-    VecD r = broadcast(kTaylor.coefficient[12]);
-    for (int k = 11; k >= 0; --k) r = fma(r, f, broadcast(kTaylor.coefficient[k]));
-    return r;
-  }
-  static IRLFAST_VEC VecD q_accurate(VecD f) { return q(f); }
+  // Taylor series of (2^f - 1) / f: ln2^k / k! from k = 13 down to 1. The next term is below 4e-18 of 2^f.
+  static constexpr int kTerms = 13;
+  static constexpr double kQ[kTerms] = {
+      0x1.816193166d0f9p-40, 0x1.c3bd650fc2986p-36, 0x1.e8cac7351bb25p-32, 0x1.e4cf5158b8ecap-28, 0x1.b5253d395e7c4p-24,
+      0x1.62c0223a5c824p-20, 0x1.ffcbfc588b0c7p-17, 0x1.430912f86c787p-13, 0x1.5d87fe78a6731p-10, 0x1.3b2ab6fba4e77p-7,
+      0x1.c6b08d704a0c0p-5,  0x1.ebfbdff82c58fp-3,  0x1.62e42fefa39efp-1};
+  static constexpr int kAccurateTerms = kTerms;
+  static constexpr const double (&kAccurateQ)[kTerms] = kQ;
 };
 
-// 2^n from t + kRound.
-template <typename Real, typename V>
-IRLFAST_VEC V power_of_two(V rounded) {
-  return from_bits((bits(rounded) << Exp2<Real>::kMantissaBits) + Exp2<Real>::kOne);
+// The nearest integer n to t, in the form in which 2^n is soonest made from it: n itself where the processor scales by
+// powers of two, otherwise n + 1.5 * 2^(mantissa bits), whose low bits are n.
+#if defined(__AVX512F__)
+template <typename Real>
+IRLFAST_VEC VecF nearest(VecF t) {
+  return _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-
-// 2^t for t <= 127 (float) or 1023 (double); exactly 0 at and below kLowest, -inf included. `t` comes back limited to
-// kLowest, so that its product with the result is never 0 * inf.
+template <typename Real>
+IRLFAST_VEC VecD nearest(VecD t) {
+  return _mm512_roundscale_pd(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 template <typename Real, typename V>
-IRLFAST_VEC V exp2_limited(V& t) {
+IRLFAST_VEC V integer(V nearest) {
+  return nearest;
+}
+template <typename Real>
+IRLFAST_VEC VecF times_power_of_two(VecF x, VecF nearest) {
+  return _mm512_scalef_ps(x, nearest);
+}
+template <typename Real>
+IRLFAST_VEC VecD times_power_of_two(VecD x, VecD nearest) {
+  return _mm512_scalef_pd(x, nearest);
+}
+#else
+template <typename Real, typename V>
+IRLFAST_VEC V nearest(V t) {
+  return t + Exp2<Real>::kRound;
+}
+template <typename Real, typename V>
+IRLFAST_VEC V integer(V nearest) {
+  return nearest - Exp2<Real>::kRound;
+}
+template <typename Real, typename V>
+IRLFAST_VEC V times_power_of_two(V x, V nearest) {
+  const V power = from_bits((bits(nearest) << Exp2<Real>::kMantissaBits) + Exp2<Real>::kOne);
+  return nearest == Exp2<Real>::kRound + Exp2<Real>::kLowest ? V{} : x * power;
+}
+#endif
+
+// 2^t for t <= 127 (float) or 1023 (double); exactly 0 at and below kLowest, -inf included. The t come back limited to
+// kLowest, so that their product with the result is never 0 * inf. Several vectors step by step together: with one
+// chain of dependent operations after the other, the processor's scheduler fills up with operations that wait.
+template <typename Real, int kVectors, typename V>
+IRLFAST_VEC void exp2_limited(V (&t)[kVectors], V (&result)[kVectors]) {
   using E = Exp2<Real>;
-  t = max(broadcast<Real>(E::kLowest), t);
-  const V rounded = t + E::kRound;
-  const V f = t - (rounded - E::kRound);
-  const V mantissa = fma(E::q(f), f, broadcast<Real>(1));
-  const V result = mantissa * power_of_two<Real>(rounded);
-  return t == E::kLowest ? V{} : result;
+  V f[kVectors], n[kVectors];
+  for (int u = 0; u < kVectors; ++u) t[u] = max(broadcast<Real>(E::kLowest), t[u]);
+  for (int u = 0; u < kVectors; ++u) n[u] = nearest<Real>(t[u]);
+  for (int u = 0; u < kVectors; ++u) f[u] = t[u] - integer<Real>(n[u]);
+  for (int u = 0; u < kVectors; ++u) result[u] = broadcast(E::kQ[0]);
+  for (int k = 1; k < E::kTerms; ++k) {
+    for (int u = 0; u < kVectors; ++u) result[u] = fma(result[u], f[u], broadcast(E::kQ[k]));
+  }
+  for (int u = 0; u < kVectors; ++u) result[u] = fma(result[u], f[u], broadcast<Real>(1));
+  for (int u = 0; u < kVectors; ++u) result[u] = times_power_of_two<Real>(result[u], n[u]);
 }
 
 template <typename V>
@@ -101,10 +127,12 @@ IRLFAST_VEC Tanh<V> tanh(V x) {
   const V magnitude = x < Real(0) ? -x : x;
   V t = magnitude * Real(2 * kLog2E);
   t = t > Real(120) ? broadcast<Real>(120) : t;
-  const V rounded = t + E::kRound;
-  const V f = t - (rounded - E::kRound);
-  const V scale = power_of_two<Real>(rounded);
-  const V y = fma(scale, E::q_accurate(f) * f, scale - Real(1));
+  const V n = nearest<Real>(t);
+  const V f = t - integer<Real>(n);
+  const V scale = times_power_of_two<Real>(broadcast<Real>(1), n);
+  V q = broadcast(E::kAccurateQ[0]);
+  for (int k = 1; k < E::kAccurateTerms; ++k) q = fma(q, f, broadcast(E::kAccurateQ[k]));
+  const V y = fma(scale, q * f, scale - Real(1));
   const V inverse = Real(1) / (y + Real(2));
   const V value = y * inverse;
   const V slope = Real(2) * inverse * (Real(1) + value);

@@ -1,0 +1,40 @@
+"""The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, without Python around them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_kernels_are_clean_under_sanitizers(tmp_path: Path) -> None:
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("cmake is not on PATH")
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        pytest.skip("no C++ compiler is on PATH")
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    options = {
+        "IRLFAST_PYTHON": "OFF",
+        "IRLFAST_NATIVE_TESTS": "ON",
+        "IRLFAST_CUDA": "OFF",
+        "IRLFAST_SANITIZE": "address,undefined",
+        "CMAKE_BUILD_TYPE": "RelWithDebInfo",
+    }
+    configure = [cmake, "-S", str(ROOT), "-B", str(tmp_path), *generator]
+    run([*configure, *(f"-D{name}={value}" for name, value in options.items())])
+    run([cmake, "--build", str(tmp_path), "--parallel", "2"])
+    report = run([str(tmp_path / "irlfast_native_tests")])
+    assert " 0 failures" in report
+    assert "runtime error" not in report
+    assert "AddressSanitizer" not in report
+
+
+def run(command: list[str]) -> str:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}"
+    return done.stdout
