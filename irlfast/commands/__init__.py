@@ -1,0 +1,30 @@
+"""What the command line offers: a configuration in, an action out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .bilevel import BiLevelCommand, run_bilevel
+from .demo import DemoCommand, run_demo
+
+Subcommand = Callable[[], int]
+
+
+def bilevel(command: BiLevelCommand) -> Subcommand:
+    """Learn a reward from demonstrations while a language model is trained on it."""
+    return lambda: run_bilevel(command)
+
+
+def demo(command: DemoCommand) -> Subcommand:
+    """Train a small language model on arithmetic and teach it care by inverse RL: about 3 minutes, no file needed."""
+    return lambda: run_demo(command)
+
+
+def doctor() -> Subcommand:
+    """Show what was built, which instruction set and devices are there, and which optional packages are missing."""
+    from irlfast.doctor import main
+
+    return main
+
+
+SUBCOMMANDS = {"demo": demo, "bilevel": bilevel, "doctor": doctor}

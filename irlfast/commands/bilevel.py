@@ -1,0 +1,234 @@
+"""``irlfast bilevel``: bi-level IRL of a transformers language model on a file of demonstrations."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from irlfast.data import TokenizedDemonstration, load_demonstrations, split, tokenize_demonstrations
+from irlfast.report import plot_curves, print_comparison, write_json
+from irlfast.rewards import RewardModel, RewardModelConfig
+from irlfast.rollout import SamplingParams, TransformersEngine
+from irlfast.train import BiLevelConfig, BiLevelTrainer, OptimizerConfig, PolicyConfig, RewardConfig
+from irlfast.train.config import require
+from irlfast.train.evaluation import evaluate_policy
+from irlfast.train.log import read_log
+from irlfast.train.seeds import derive_seed
+from irlfast.train.supervised import SupervisedConfig, train_supervised
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """How demonstrations are read and cut."""
+
+    prompt_field: str = "prompt"
+    """Field of a row that holds the prompt."""
+    response_field: str = "response"
+    """Field of a row that holds the response."""
+    text_field: str = "text"
+    """Field of a row of plain text; its first `prompt_tokens` tokens are the prompt, the rest the demonstration."""
+    prompt_tokens: int = 32
+    """Prompt length of plain text, in tokens, BOS included."""
+    max_prompt_tokens: int | None = None
+    """Rows with longer prompts are left out and counted."""
+    dataset_split: str = "train"
+    """Split to read where the demonstrations are a Hugging Face dataset."""
+    limit: int | None = None
+    """Read so many rows at most."""
+    heldout: int = 128
+    """Rows kept apart for evaluation; none of their prompts is trained on."""
+
+    def __post_init__(self) -> None:
+        require(self.heldout >= 1, "data.heldout", self.heldout, "at least 1 row")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModelOptions:
+    """The reward network: an MLP on pooled hidden states of the frozen start model."""
+
+    hidden_sizes: tuple[int, ...] = (128,)
+    """Widths of its hidden layers; none makes the reward linear."""
+    pooling: tuple[Literal["last", "mean", "max"], ...] = ("mean", "max")
+    """How the states of the response's tokens become one vector; several are put side by side."""
+    dropout: float = 0.0
+    """Dropout after each hidden layer while the reward is trained."""
+    output_bound: float | None = 10.0
+    """Rewards stay within this bound on either side."""
+
+
+def _default_training() -> BiLevelConfig:
+    return BiLevelConfig(
+        iterations=100,
+        reward_warmup_steps=60,
+        prompts_per_step=32,
+        eval_every=20,
+        eval_prompts=128,
+        checkpoint_every=20,
+        rollout=SamplingParams(max_new_tokens=64, n=8),
+        policy=PolicyConfig(kind="ppo", epochs=2, minibatches=4, optimizer=OptimizerConfig(lr=3e-4, warmup_steps=10)),
+        reward=RewardConfig(optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiLevelCommand:
+    """Learn a reward from demonstrations while a language model is trained on it."""
+
+    model: str
+    """Folder or hub name of a causal language model; it is the start of the policy and its KL reference."""
+    demonstrations: str
+    """JSON lines (.gz too) with {"prompt", "response"}, {"messages"} or {"text"} rows, or a dataset's name on the hub."""
+    out: Path = Path("runs/bilevel")
+    """Folder for metrics.jsonl, summary.json, curves.png and checkpoints/."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `out`."""
+    device: str = "auto"
+    """Where to run: auto takes an accelerator where there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Weights and arithmetic of the language model; statistics and losses are float32 either way."""
+    supervised_baseline: bool = True
+    """Fine-tune a copy on the same demonstrations too, and set its figures beside those of IRL."""
+    supervised: SupervisedConfig = field(
+        default_factory=lambda: SupervisedConfig(optimizer=OptimizerConfig(lr=3e-4, warmup_steps=10))
+    )
+    """That supervised fine-tuning."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Reading of the demonstrations."""
+    reward_model: RewardModelOptions = field(default_factory=RewardModelOptions)
+    """Reward network."""
+    train: Annotated[BiLevelConfig, tyro.conf.arg(name="")] = field(default_factory=_default_training)
+    """Training."""
+
+
+def run_bilevel(command: BiLevelCommand) -> int:
+    """Train, evaluate, compare with supervised fine-tuning, and write the results below `command.out`."""
+    logging.basicConfig(level=logging.WARNING, format="irlfast: %(message)s")
+    model, tokenizer = _load(command)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    training, validation, heldout = _rows(command, tokenizer)
+    torch.manual_seed(derive_seed(command.train.seed, "models", 0))
+    reference = copy.deepcopy(model)
+    trainer = BiLevelTrainer(
+        policy=model,
+        engine=TransformersEngine(model, eos_token_id=_eos_ids(model, tokenizer), pad_token_id=pad),
+        reward=_reward_model(command, model),
+        demonstrations=[*training, *validation],
+        heldout=heldout,
+        config=command.train,
+        pad_token_id=pad,
+        out=command.out,
+        reference=reference,
+        extra_state=tokenizer.save_pretrained,
+    )
+    if command.resume:
+        trainer.resume()
+    else:
+        trainer.fit_reward_scale()
+    trainer.train()
+
+    results = {row["iteration"]: row for row in read_log(command.out / "metrics.jsonl", "eval")}
+    columns = {"start": results[0], "bi-level IRL": results[command.train.iterations]}
+    if command.supervised_baseline:
+        columns["supervised"] = _supervised(command, trainer, reference, training, validation)
+    summary = {name: {k: v for k, v in row.items() if k not in ("kind", "iteration")} for name, row in columns.items()}
+    write_json(command.out / "summary.json", summary)
+    plot_curves(command.out / "metrics.jsonl", command.out / "curves.png")
+    print_comparison(summary)
+    print(f"Results are in {command.out}")
+    return 0
+
+
+def _supervised(
+    command: BiLevelCommand,
+    trainer: BiLevelTrainer,
+    reference: torch.nn.Module,
+    training: Sequence[TokenizedDemonstration],
+    validation: Sequence[TokenizedDemonstration],
+) -> dict[str, float]:
+    """Fine-tune a copy of the start on the same rows and evaluate it on the same prompts by the same reward."""
+    tuned: Any = copy.deepcopy(reference).requires_grad_(True)
+    result = train_supervised(
+        tuned, training, command.supervised, pad_token_id=trainer.pad_token_id, heldout=validation
+    )
+    metrics = evaluate_policy(
+        policy=tuned,
+        engine=TransformersEngine(
+            tuned, eos_token_id=trainer.engine.eos_token_ids, pad_token_id=trainer.pad_token_id  # type: ignore[attr-defined]
+        ),
+        heldout=trainer.heldout,
+        sampling=command.train.rollout,
+        pad_token_id=trainer.pad_token_id,
+        seed=derive_seed(command.train.seed, "evaluation", 0),
+        reward=trainer.rewards,
+        reference=reference,
+    )
+    return {**metrics, "steps": result.steps}
+
+
+def _load(command: BiLevelCommand) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = command.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(command.model)
+    model = AutoModelForCausalLM.from_pretrained(command.model, dtype=getattr(torch, command.dtype))
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {command.model} has no EOS token: a response could never end")
+    return model.to(device), tokenizer
+
+
+def _rows(
+    command: BiLevelCommand, tokenizer: Any
+) -> tuple[Sequence[TokenizedDemonstration], Sequence[TokenizedDemonstration], Sequence[TokenizedDemonstration]]:
+    """Rows to learn from, rows that choose when supervised fine-tuning stops, and held-out rows."""
+    data, seed = command.data, command.train.seed
+    rows = load_demonstrations(
+        command.demonstrations,
+        prompt_field=data.prompt_field,
+        response_field=data.response_field,
+        text_field=data.text_field,
+        split=data.dataset_split,
+        limit=data.limit,
+    )
+    rest, heldout = split(rows, heldout_count=data.heldout, seed=derive_seed(seed, "held-out rows", 0))
+    training, validation = split(rest, heldout_fraction=0.1, seed=derive_seed(seed, "validation rows", 0))
+    parts = [
+        tokenize_demonstrations(
+            part,
+            tokenizer,
+            max_response_tokens=command.train.rollout.max_new_tokens,
+            max_prompt_tokens=data.max_prompt_tokens,
+            prompt_tokens=data.prompt_tokens,
+        )
+        for part in (training, validation, heldout)
+    ]
+    return parts[0], parts[1], parts[2]
+
+
+def _reward_model(command: BiLevelCommand, model: Any) -> RewardModel:
+    options = command.reward_model
+    width = model.config.get_text_config().hidden_size + (2 if command.train.reward.token_statistics else 0)
+    config = RewardModelConfig(
+        hidden_size=width,
+        hidden_sizes=options.hidden_sizes,
+        pooling=options.pooling,
+        dropout=options.dropout,
+        output_bound=options.output_bound,
+    )
+    return RewardModel(config).to(model.device)
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The tokenizer's EOS, and further ones of the model's generation settings (chat models end turns with their own)."""
+    further = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = [tokenizer.eos_token_id, *(further if isinstance(further, list) else [further])]
+    return sorted({i for i in ids if i is not None})
