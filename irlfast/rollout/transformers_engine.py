@@ -7,8 +7,8 @@ exactly as it sampled, draws from a generator of its own, and costs little Pytho
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,13 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .base import Rollouts, SamplingParams, Sequences
+from .modules import device_of, eval_mode, load_weights, takes
 from .sampling import sample_tokens
-
-# Rows that have ended are dropped when no more than this share is left. With responses of 15 out of 200 tokens sampling
-# is 1.7 times as fast for it; any share from 0.5 to 0.99 measures the same, and a low one copies the cache less often.
-_COMPACT_AT = 0.7
-# Looking whether rows have ended stalls an accelerator, so it is done once in so many steps there.
-_ACCELERATOR_CHECK_EVERY = 8
+from .trace import Trace
 
 
 class TransformersEngine:
@@ -66,11 +62,13 @@ class TransformersEngine:
         text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.vocab_size: int | None = getattr(text_config, "vocab_size", None)
         self.max_length: int | None = getattr(text_config, "max_position_embeddings", None)
-        self.device = _device_of(model, device)
+        self.device = device_of(model, device)
         self.dtype = dtype
         if max_batch_size is not None and max_batch_size < 1:
             raise ValueError(f"max_batch_size must be at least 1, or None for no limit, got {max_batch_size}")
         self.max_batch_size = max_batch_size
+        if eos_token_id is None:  # what a tokenizer without EOS says
+            raise ValueError("eos_token_id is None: give the id, or the ids, that end a response")
         self.eos_token_ids = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
         if not self.eos_token_ids:
             raise ValueError("eos_token_id is empty: give at least one id")
@@ -123,7 +121,7 @@ class TransformersEngine:
         rows = len(token_lists) * params.n
         uniforms = torch.rand(rows, params.max_new_tokens, dtype=torch.float64, generator=generator).to(self.device)
         batch = self.max_batch_size or rows
-        with _eval_mode(model), self._autocast():
+        with eval_mode(model), self._autocast():
             parts = [
                 self._sample_rows(token_lists, range(low, min(low + batch, rows)), params, uniforms)
                 for low in range(0, rows, batch)
@@ -154,7 +152,7 @@ class TransformersEngine:
         if sequences.input_ids.device != self.device:
             sequences = sequences.to(self.device)
         size = self.max_batch_size or len(sequences)
-        with _eval_mode(model), self._autocast():
+        with eval_mode(model), self._autocast():
             parts = [
                 self._hidden(sequences.input_ids[low : low + size], sequences.attention_mask[low : low + size])
                 for low in range(0, len(sequences), size)
@@ -168,7 +166,7 @@ class TransformersEngine:
             ValueError: names or shapes that do not fit the model; then nothing was changed.
         """
         if state_dict is not None:
-            _load_weights(self.model, state_dict)
+            load_weights(self.model, state_dict)
         self.version = version
 
     def close(self) -> None:
@@ -246,7 +244,7 @@ class TransformersEngine:
             grown = torch.ones(len(source), params.max_new_tokens, dtype=torch.int64, device=self.device)
             mask = torch.cat([real.long()[source], grown], dim=1)
         positions = lengths[source][:, None]
-        trace = _Trace(len(source), params.max_new_tokens, self._eos, self.pad_token_id)
+        trace = Trace(len(source), params.max_new_tokens, self._eos, self.pad_token_id)
         for step in range(params.max_new_tokens):
             drawn = sample_tokens(logits, uniforms[:, step], params)
             trace.record(step, drawn)
@@ -283,7 +281,7 @@ class TransformersEngine:
         ids = torch.tensor(padded, device=self.device)[source]
         ends = torch.tensor([len(prompt) for prompt in prompts], device=self.device)[source]
         column = torch.arange(total, device=self.device)
-        trace = _Trace(len(source), params.max_new_tokens, self._eos, self.pad_token_id)
+        trace = Trace(len(source), params.max_new_tokens, self._eos, self.pad_token_id)
         for step in range(params.max_new_tokens):
             seen = int(ends.max())
             output = self._forward(
@@ -352,7 +350,7 @@ class TransformersEngine:
         base = getattr(self.model, "base_model", None)
         states = None
         if isinstance(base, nn.Module) and base is not self.model:  # without the output layer: no logits are computed
-            accepted = {name: value for name, value in inputs.items() if _takes(base, name)}
+            accepted = {name: value for name, value in inputs.items() if takes(base, name)}
             states = getattr(base(input_ids=input_ids, **accepted), "last_hidden_state", None)
         if states is None and self._accepts("output_hidden_states"):
             output = self._forward(input_ids, output_hidden_states=True, **inputs)
@@ -366,87 +364,5 @@ class TransformersEngine:
         return states.masked_fill(~attention_mask[..., None], 0.0)
 
 
-class _Trace:
-    """What was sampled, [B, T], while rows that have ended drop out of the running batch."""
-
-    def __init__(self, rows: int, steps: int, eos: Tensor, pad_token_id: int) -> None:
-        device = eos.device
-        self._eos = eos
-        self._tokens = torch.full((steps, rows), pad_token_id, device=device)
-        self._logprobs = torch.zeros(2, steps, rows, device=device)
-        self._rows: Tensor | None = None
-        self._live = torch.ones(rows, dtype=torch.bool, device=device)
-        self._steps = 0
-        self._check_every = 1 if device.type == "cpu" else _ACCELERATOR_CHECK_EVERY
-
-    def record(self, step: int, drawn: tuple[Tensor, Tensor, Tensor]) -> None:
-        tokens, sampler_logprobs, model_logprobs = drawn
-        rows = slice(None) if self._rows is None else self._rows
-        self._tokens[step, rows] = tokens
-        self._logprobs[0, step, rows] = sampler_logprobs.float()
-        self._logprobs[1, step, rows] = model_logprobs.float()
-        self._live &= ~torch.isin(tokens, self._eos) if len(self._eos) > 1 else tokens != self._eos
-        self._steps = step + 1
-
-    def live_rows(self, step: int) -> Tensor | None:
-        """Which rows of the running batch to go on with, or None for all of them."""
-        if (step + 1) % self._check_every:
-            return None
-        live = int(self._live.sum())
-        if live > _COMPACT_AT * len(self._live):
-            return None
-        keep = self._live.nonzero()[:, 0]
-        self._rows = keep if self._rows is None else self._rows[keep]
-        self._live = self._live[keep]
-        return keep
-
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        tokens, logprobs = self._tokens[: self._steps].T, self._logprobs[:, : self._steps].transpose(1, 2)
-        return tokens, logprobs[0], logprobs[1]
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, and each submodule's own mode again outside."""
-    training = [module for module in model.modules() if module.training]
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:
-    parameter = next(model.parameters(), None)
-    if parameter is None:
-        return torch.device("cpu" if device is None else device)
-    if device is not None:
-        wanted = torch.device(device)
-        if wanted.type != parameter.device.type or wanted.index not in (None, parameter.device.index):
-            raise ValueError(f"device = {wanted}, but the model is on {parameter.device}: move the model first")
-    return parameter.device
-
-
-def _takes(module: nn.Module, name: str) -> bool:
-    parameters = inspect.signature(module.forward).parameters
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
 def _logits(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
-
-
-def _load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Load all of `state_dict`, or nothing. A tied weight may be given under any one of its names."""
-    own = model.state_dict(keep_vars=True)
-    given = {own[name].data_ptr() for name in state_dict if name in own}
-    missing = [name for name, value in own.items() if name not in state_dict and value.data_ptr() not in given]
-    unknown = [name for name in state_dict if name not in own]
-    if missing or unknown:
-        raise ValueError(f"state_dict does not fit the model: missing {missing[:5]}, unknown {unknown[:5]}")
-    for name, value in state_dict.items():
-        if value.shape != own[name].shape:
-            raise ValueError(f"state_dict[{name!r}] has shape {list(value.shape)}, the model {list(own[name].shape)}")
-    model.load_state_dict(dict(state_dict), strict=False)

@@ -489,6 +489,7 @@ def test_the_whole_context_can_be_used(make_lm):
     [
         ({"eos_token_id": VOCAB}, r"eos_token_id = 64 is outside the vocabulary \[0, 64\)"),
         ({"eos_token_id": []}, "eos_token_id is empty"),
+        ({"eos_token_id": None}, "eos_token_id is None"),
         ({"pad_token_id": -1}, "pad_token_id = -1 is outside the vocabulary"),
         ({"pad_token_id": None}, "pad_token_id = None is outside the vocabulary"),
         ({"max_batch_size": 0}, "max_batch_size must be at least 1"),
