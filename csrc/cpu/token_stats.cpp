@@ -205,7 +205,6 @@ class Backward {
         stream_(gradient != rows.input().logits &&
                 rows.count() * rows.input().vocab * rows.element_bytes() >= kStreamBytes) {}
 
-  // From the last row to the first: the logits the forward pass read last may still be in the cache.
   void run(int threads) const {
     const int64_t pieces = rows_.pieces();
     if (share_out_pieces(rows_, threads)) {
@@ -215,7 +214,7 @@ class Backward {
       });
     } else {
       parallel_for(rows_.count(), rows_.input().vocab, threads,
-                   [&](int64_t i) { differentiate(rows_.count() - 1 - i, 0, rows_.input().vocab); });
+                   [&](int64_t row) { differentiate(row, 0, rows_.input().vocab); });
     }
   }
 
