@@ -243,7 +243,7 @@ class BiLevelTrainer:
         config = self.config.policy
         self.policy.eval()  # dropout would score another policy than the one that sampled
         self.policy_optimizer.zero_grad()
-        rows = []
+        rows, sizes = [], []
         for low in range(0, len(rollouts), config.micro_batch_size):
             part = slice(low, low + config.micro_batch_size)
             batch = rollouts.select(part).trim()
@@ -260,8 +260,9 @@ class BiLevelTrainer:
             )
             (result.loss * (len(batch) / len(rollouts))).backward()
             rows.append({"loss": float(result.loss.detach()), **{k: float(v) for k, v in result.metrics.items()}})
+            sizes.append(len(batch))
         norm, lr = self.policy_optimizer.step()
-        return {**_mean_rows(rows), "grad_norm": norm, "lr": lr}
+        return {**_mean_rows(rows, sizes), "grad_norm": norm, "lr": lr}
 
     @torch.no_grad()
     def _policy_logprobs(self, samples: Rollouts) -> Tensor:
@@ -372,8 +373,13 @@ def _deal(order: list[int], parts: int) -> list[list[int]]:
     return [order[low:high] for low, high in pairwise(bounds) if high > low]
 
 
-def _mean_rows(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]} if rows else {}
+def _mean_rows(rows: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None) -> dict[str, float]:
+    """The mean of each metric; `weights` are the sizes of the batches that the rows speak of, by default all equal."""
+    if not rows:
+        return {}
+    weights = [1] * len(rows) if weights is None else weights
+    total = sum(weights)
+    return {key: sum(w * row[key] for w, row in zip(weights, rows, strict=True)) / total for key in rows[0]}
 
 
 def _means(prefix: str, rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
