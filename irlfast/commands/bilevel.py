@@ -211,7 +211,10 @@ def _rows(
         )
         for part in (training, validation, heldout)
     ]
-    return parts[0], parts[1], parts[2]
+    # Different texts may begin alike: a prompt that is evaluated is not trained on, whatever follows it.
+    unseen = {row.prompt_ids for row in parts[2]}
+    learned = [[row for row in part if row.prompt_ids not in unseen] for part in parts[:2]]
+    return learned[0], learned[1], parts[2]
 
 
 def _reward_model(command: BiLevelCommand, model: Any) -> RewardModel:
