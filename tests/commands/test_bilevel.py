@@ -106,7 +106,7 @@ def test_a_second_run_into_the_same_folder_is_refused(
     (tmp_path / "metrics.jsonl").write_text("")
     arguments = ["bilevel", "--model", command.model, "--demonstrations", command.demonstrations, "--out", str(tmp_path)]
     assert main(arguments) == 1
-    assert "is there already" in capsys.readouterr().err
+    assert "holds an earlier run" in capsys.readouterr().err
 
 
 def test_nothing_evaluated_is_trained_on(stories: Callable[[Path], BiLevelCommand], tmp_path: Path) -> None:
