@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +144,13 @@ class BiLevelTrainer:
 
     def train(self) -> dict[str, float]:
         """Run to `config.iterations`, from the start or from where `resume` left off; returns the last evaluation."""
+        if self.out is None:
+            return self._run(None)
+        with RunLog(self.out / "metrics.jsonl", resume_from=self.iteration if self._resumed else None) as log:
+            return self._run(log)
+
+    def _run(self, log: RunLog | None) -> dict[str, float]:
         config = self.config
-        log = None
-        if self.out is not None:
-            log = RunLog(self.out / "metrics.jsonl", resume_from=self.iteration if self._resumed else None)
         last: dict[str, float] = {}
         with Progress(config.iterations, "bilevel") as progress:
             if not self._resumed:
@@ -164,8 +168,6 @@ class BiLevelTrainer:
                     last = self._evaluate(log, progress)
                 if done or self.iteration % config.checkpoint_every == 0:
                     self._checkpoint()
-        if log is not None:
-            log.close()
         return last or self.evaluate()
 
     def _iterate(self) -> dict[str, float]:
@@ -209,6 +211,9 @@ class BiLevelTrainer:
     def policy_step(self, experience: Experience) -> dict[str, float]:
         """One policy step on fresh rollouts: `epochs` x `minibatches` optimiser steps."""
         config, samples = self.config, experience.samples
+        if config.policy.kind == "ppo":
+            # Decoding rounds differently from a pass over whole rows; against this pass the ratio starts at exactly 1.
+            samples = replace(samples, model_logprobs=self._policy_logprobs(samples))
         log_q = sequence_sum(samples.sampler_logprobs, samples)
         log_ratio = sequence_sum(samples.model_logprobs, samples) - experience.scored.log_base
         # Serving rescales the reward by 1 / scale; beta is rescaled with it, so that the optimum stays where it is.
@@ -222,9 +227,8 @@ class BiLevelTrainer:
             if config.policy.minibatches > 1:
                 counter = self.rollout_count * config.policy.epochs + epoch
                 order = permutation(len(samples), config.seed, "minibatches", counter)
-            size = -(-len(order) // config.policy.minibatches)
-            for low in range(0, len(order), size):
-                rows.append(self._policy_update(samples.select(order[low : low + size]), advantages[order[low : low + size]]))
+            parts = _deal(order, config.policy.minibatches)
+            rows.extend(self._policy_update(samples.select(part), advantages[part]) for part in parts)
         self.engine.update_weights(None, self.policy_optimizer.step_count)
         metrics = _mean_rows(rows)
         metrics["return"] = float(returns.mean())
@@ -237,9 +241,9 @@ class BiLevelTrainer:
     def _policy_update(self, rollouts: Rollouts, advantages: Tensor) -> dict[str, float]:
         """One optimiser step over the given rows, in micro-batches that add up to the same gradient."""
         config = self.config.policy
-        self.policy.train()
+        self.policy.eval()  # dropout would score another policy than the one that sampled
         self.policy_optimizer.zero_grad()
-        rows = []
+        rows, sizes = [], []
         for low in range(0, len(rollouts), config.micro_batch_size):
             part = slice(low, low + config.micro_batch_size)
             batch = rollouts.select(part).trim()
@@ -256,8 +260,17 @@ class BiLevelTrainer:
             )
             (result.loss * (len(batch) / len(rollouts))).backward()
             rows.append({"loss": float(result.loss.detach()), **{k: float(v) for k, v in result.metrics.items()}})
+            sizes.append(len(batch))
         norm, lr = self.policy_optimizer.step()
-        return {**_mean_rows(rows), "grad_norm": norm, "lr": lr}
+        return {**_mean_rows(rows, sizes), "grad_norm": norm, "lr": lr}
+
+    @torch.no_grad()
+    def _policy_logprobs(self, samples: Rollouts) -> Tensor:
+        """Log-probs [B, S] of the samples as the policy update computes them, in its micro-batches."""
+        self.policy.eval()
+        size = self.config.policy.micro_batch_size
+        parts = [samples.select(slice(low, low + size)) for low in range(0, len(samples), size)]
+        return torch.cat([response_scores(self.policy, part).stats.logprob.float() for part in parts])
 
     def reward_step(self, experience: Experience) -> dict[str, float]:
         """One optimiser step of the reward on demonstrations and samples of their prompts."""
@@ -354,8 +367,19 @@ class BiLevelTrainer:
         return self.iteration
 
 
-def _mean_rows(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]} if rows else {}
+def _deal(order: list[int], parts: int) -> list[list[int]]:
+    """Cut `order` into `parts` runs whose lengths differ by at most one; fewer only where there are fewer items."""
+    bounds = [len(order) * i // parts for i in range(parts + 1)]
+    return [order[low:high] for low, high in pairwise(bounds) if high > low]
+
+
+def _mean_rows(rows: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None) -> dict[str, float]:
+    """The mean of each metric; `weights` are the sizes of the batches that the rows speak of, by default all equal."""
+    if not rows:
+        return {}
+    weights = [1] * len(rows) if weights is None else weights
+    total = sum(weights)
+    return {key: sum(w * row[key] for w, row in zip(weights, rows, strict=True)) / total for key in rows[0]}
 
 
 def _means(prefix: str, rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:

@@ -49,7 +49,8 @@ def write_checkpoint(folder: Path, step: int, writer: Callable[[Path], None], *,
     _sync(pointer)
     os.replace(pointer, folder / "latest")
     _sync(folder)
-    for old in sorted(_complete(folder))[:-keep]:
+    # Later steps are leftovers of a run killed before `latest` named them: they must not push this one out.
+    for old in sorted(n for n in _complete(folder) if n <= step)[:-keep]:
         shutil.rmtree(folder / f"step-{old}")
     return final
 

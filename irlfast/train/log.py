@@ -52,6 +52,14 @@ class RunLog:
     def close(self) -> None:
         self._file.close()
 
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
 
 def read_log(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """The rows of a log, all or those of one kind."""

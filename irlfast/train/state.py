@@ -65,7 +65,9 @@ def load(trainer: BiLevelTrainer, folder: Path) -> Path:
 
     path = latest_checkpoint(folder)
     if path is None:
-        raise FileNotFoundError(f"no checkpoint in {folder}: nothing to resume; start without --resume")
+        raise FileNotFoundError(
+            f"no checkpoint in {folder}: nothing to resume. Start without --resume, in a folder without metrics.jsonl"
+        )
     position = json.loads((path / "state.json").read_text(encoding="utf-8"))
     _require_same(position["config"], json.loads(json.dumps(config_dict(trainer.config))), path)
     load_model(trainer.policy, path / "policy" / "model.safetensors")
