@@ -30,4 +30,4 @@ def _doctor() -> Subcommand:
     return main
 
 
-SUBCOMMANDS = {"demo": _demo, "bilevel": _bilevel, "doctor": _doctor}
+SUBCOMMANDS: dict[str, Callable[..., Subcommand]] = {"demo": _demo, "bilevel": _bilevel, "doctor": _doctor}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -85,7 +84,7 @@ class BiLevelCommand:
     model: str
     """Folder or hub name of a causal language model; it is the start of the policy and its KL reference."""
     demonstrations: str
-    """JSON lines (.gz too) with {"prompt", "response"}, {"messages"} or {"text"} rows, or a dataset's name on the hub."""
+    """JSON lines (.gz too) with {"prompt", "response"}, {"messages"} or {"text"} rows, or a dataset's hub name."""
     out: Path = Path("runs/bilevel")
     """Folder for metrics.jsonl, summary.json, curves.png and checkpoints/."""
     resume: bool = False
@@ -163,7 +162,9 @@ def _supervised(
     metrics = evaluate_policy(
         policy=tuned,
         engine=TransformersEngine(
-            tuned, eos_token_id=trainer.engine.eos_token_ids, pad_token_id=trainer.pad_token_id  # type: ignore[attr-defined]
+            tuned,
+            eos_token_id=trainer.engine.eos_token_ids,  # type: ignore[attr-defined]
+            pad_token_id=trainer.pad_token_id,
         ),
         heldout=trainer.heldout,
         sampling=command.train.rollout,
@@ -182,7 +183,7 @@ def _load(command: BiLevelCommand) -> tuple[Any, Any]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(command.model)
-    model = AutoModelForCausalLM.from_pretrained(command.model, dtype=getattr(torch, command.dtype))
+    model: Any = AutoModelForCausalLM.from_pretrained(command.model, dtype=getattr(torch, command.dtype))
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {command.model} has no EOS token: a response could never end")
     return model.to(device), tokenizer
@@ -233,7 +234,7 @@ def _reward_model(command: BiLevelCommand, model: Any) -> RewardModel:
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The tokenizer's EOS, and further ones of the model's generation settings (chat models end turns with their own)."""
+    """The tokenizer's EOS, and those of the model's generation settings (chat models end turns with their own)."""
     further = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = [tokenizer.eos_token_id, *(further if isinstance(further, list) else [further])]
     return sorted({i for i in ids if i is not None})

@@ -149,7 +149,7 @@ def make_trainer(base: torch.nn.Module, data: Data, config: BiLevelConfig, out: 
     """Bi-level IRL from the base model; its reward reads the base model's hidden states and statistics."""
     torch.manual_seed(derive_seed(config.seed, "demo reward", 0))
     policy: Any = copy.deepcopy(base)
-    hidden_size = base.config.hidden_size + (2 if config.reward.token_statistics else 0)  # type: ignore[union-attr]
+    hidden_size = policy.config.hidden_size + (2 if config.reward.token_statistics else 0)
     trainer = BiLevelTrainer(
         policy=policy,
         engine=make_engine(policy),
@@ -185,7 +185,5 @@ def reward_pair_accuracy(trainer: BiLevelTrainer, data: Data, seed: int) -> floa
 def fine_tune(base: torch.nn.Module, data: Data) -> torch.nn.Module:
     """The rival: maximum likelihood on the same demonstrations, stopped where the validation likelihood is best."""
     model = copy.deepcopy(base)
-    train_supervised(
-        model, data.demonstrations, FINE_TUNING, pad_token_id=arithmetic.PAD, heldout=data.validation
-    )
+    train_supervised(model, data.demonstrations, FINE_TUNING, pad_token_id=arithmetic.PAD, heldout=data.validation)
     return model

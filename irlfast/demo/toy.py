@@ -38,9 +38,7 @@ def make_toy_trainer(seed: int = 0, config: BiLevelConfig | None = None, out: Pa
     torch.manual_seed(seed)
     strings = toy.all_strings()
     drawn = toy.sample_strings(DEMONSTRATIONS + config.eval_prompts, seed=seed).tolist()
-    rows = [
-        TokenizedDemonstration(prompt_ids=(toy.BOS,), response_ids=strings[i], truncated=False) for i in drawn
-    ]
+    rows = [TokenizedDemonstration(prompt_ids=(toy.BOS,), response_ids=strings[i], truncated=False) for i in drawn]
     policy = toy.ToyPolicy()
     reward = RewardModel(RewardModelConfig(hidden_size=toy.NUM_FEATURES, hidden_sizes=(), pooling="last", bias=False))
     return BiLevelTrainer(
