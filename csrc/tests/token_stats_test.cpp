@@ -1,6 +1,8 @@
 // Runs the CPU kernels without Python, on ragged sizes, layouts, types and instruction sets, against plain loops in
 // long double. Every buffer is an allocation of its own of exactly the size used, so that a sanitizer sees the first
 // element read or written outside it.
+#include "irlfast/token_stats.h"
+
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -12,7 +14,6 @@
 #include "irlfast/huge_pages.h"
 #include "irlfast/isa.h"
 #include "irlfast/online_softmax.h"
-#include "irlfast/token_stats.h"
 
 namespace {
 
@@ -288,7 +289,8 @@ int main() {
     }
     for (int dtype = 0; dtype < irlfast::kDTypes; ++dtype) {
       // Around every vector and block length, and on both sides of a piece of 32768.
-      for (int64_t vocab : {1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129, 1000, 4093, 32768, 32769, 70001}) {
+      for (int64_t vocab :
+           {1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129, 1000, 4093, 32768, 32769, 70001}) {
         const bool large = vocab > 5000;
         for (int variant = 0; variant < 8; ++variant) {
           if (large && variant % 3 != 0) continue;

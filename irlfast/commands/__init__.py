@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
+
+import tyro
 
 from .bilevel import BiLevelCommand, run_bilevel
 from .demo import DemoCommand, run_demo
@@ -10,21 +13,21 @@ from .demo import DemoCommand, run_demo
 Subcommand = Callable[[], int]
 
 
-def bilevel(command: BiLevelCommand) -> Subcommand:
+def _bilevel(command: Annotated[BiLevelCommand, tyro.conf.arg(name="")]) -> Subcommand:
     """Learn a reward from demonstrations while a language model is trained on it."""
     return lambda: run_bilevel(command)
 
 
-def demo(command: DemoCommand) -> Subcommand:
+def _demo(command: Annotated[DemoCommand, tyro.conf.arg(name="")]) -> Subcommand:
     """Train a small language model on arithmetic and teach it care by inverse RL: about 3 minutes, no file needed."""
     return lambda: run_demo(command)
 
 
-def doctor() -> Subcommand:
+def _doctor() -> Subcommand:
     """Show what was built, which instruction set and devices are there, and which optional packages are missing."""
     from irlfast.doctor import main
 
     return main
 
 
-SUBCOMMANDS = {"demo": demo, "bilevel": bilevel, "doctor": doctor}
+SUBCOMMANDS = {"demo": _demo, "bilevel": _bilevel, "doctor": _doctor}

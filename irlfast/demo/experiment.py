@@ -34,6 +34,7 @@ from . import arithmetic
 
 PRETRAINING_PROBLEMS, DEMONSTRATIONS, VALIDATION, HELDOUT = 1200, 128, 32, 400
 PRETRAINING_ROWS = 40_000
+REWARD_BOUND = 10.0  # nats either way; beyond that one sample's reward drowns the others' in a group's baseline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +98,10 @@ def pretrain(data: Data, seed: int, on_step: Callable[[int], None] | None = None
 
 
 PRETRAINING = SupervisedConfig(
-    steps=2000,
+    steps=1500,
     batch_size=64,
     optimizer=OptimizerConfig(
-        lr=3e-3, warmup_steps=100, schedule="linear", final_lr_fraction=0.05, betas=(0.9, 0.98), weight_decay=0.01
+        lr=6e-3, warmup_steps=100, schedule="linear", final_lr_fraction=0.05, betas=(0.9, 0.98), weight_decay=0.01
     ),
 )
 
@@ -110,17 +111,20 @@ FINE_TUNING = SupervisedConfig(
 
 
 def bilevel_config(seed: int) -> BiLevelConfig:
+    """PPO against the policy it started from; a reward warmed up first, so that the policy's first steps have one."""
     return BiLevelConfig(
-        iterations=80,
-        reward_warmup_steps=30,
+        iterations=120,
+        reward_warmup_steps=60,
         prompts_per_step=32,
         eval_every=20,
         eval_prompts=HELDOUT,
         checkpoint_every=40,
         seed=seed,
         rollout=SamplingParams(max_new_tokens=arithmetic.MAX_RESPONSE, n=8),
-        policy=PolicyConfig(optimizer=OptimizerConfig(lr=5e-4, warmup_steps=5, schedule="linear")),
-        reward=RewardConfig(optimizer=OptimizerConfig(lr=2e-3, weight_decay=0.01)),
+        policy=PolicyConfig(
+            kind="ppo", epochs=2, minibatches=4, optimizer=OptimizerConfig(lr=5e-4, warmup_steps=5, schedule="linear")
+        ),
+        reward=RewardConfig(optimizer=OptimizerConfig(lr=5e-3, weight_decay=0.01, schedule="linear")),
     )
 
 
@@ -149,7 +153,11 @@ def make_trainer(base: torch.nn.Module, data: Data, config: BiLevelConfig, out: 
     trainer = BiLevelTrainer(
         policy=policy,
         engine=make_engine(policy),
-        reward=RewardModel(RewardModelConfig(hidden_size=hidden_size, pooling=("mean", "max"), hidden_sizes=(64,))),
+        reward=RewardModel(
+            RewardModelConfig(
+                hidden_size=hidden_size, pooling=("mean", "max"), hidden_sizes=(64,), output_bound=REWARD_BOUND
+            )
+        ),
         demonstrations=data.demonstrations,
         heldout=data.heldout,
         config=config,

@@ -20,13 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from irlfast import _native
 from irlfast.ops._dispatch import (
     DTYPE_CODES,
     LIBRARY,
     Implementation,
-    address,
-    as_rows,
     cpu_kernel_unavailable,
     not_in_this_release,
     row_layout,
@@ -35,6 +32,7 @@ from irlfast.ops._dispatch import (
     select,
     statistics_dtype,
 )
+from irlfast.ops._token_stats_cpu import Statistics, backward_cpu, check_row_temperature, forward_cpu, raise_label
 
 
 class TokenStats(NamedTuple):
@@ -66,7 +64,7 @@ def token_stats_reference(
     ignored = index == ignore_index
     outside = ~ignored & ((index < 0) | (index >= vocab))
     if logits.device.type == "cpu" and not torch.compiler.is_compiling() and bool(outside.any()):
-        _raise_label(labels, int(outside.flatten().nonzero()[0]), vocab, ignore_index)
+        raise_label(labels, int(outside.flatten().nonzero()[0]), vocab, ignore_index)
     ignored_row = ignored.all(dim=-1)
 
     z = logits.to(statistics_dtype(logits.dtype))
@@ -104,150 +102,6 @@ LIBRARY.define(
     " -> ()"
 )
 
-Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def forward_cpu(
-    logits: Tensor,
-    labels: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
-    with_entropy: bool,
-    inplace_backward: bool = False,
-    *,
-    isa: str = "auto",
-) -> Statistics:
-    """The native forward. `isa` names the instruction set to use, for tests; see `_native.build_info()`."""
-    rows_shape = logits.shape[:-1]
-    vocab = logits.shape[-1]
-    logits, layout = as_rows(logits)
-    labels = labels.contiguous()
-    wrong = _native.first_invalid_label(labels.data_ptr(), labels.numel(), vocab, ignore_index)
-    if wrong >= 0:
-        _raise_label(labels, wrong, vocab, ignore_index)
-    if row_temperature is not None:
-        _check_row_temperature(row_temperature)
-    dtype = statistics_dtype(logits.dtype)
-    rows = layout[0] * layout[1]
-    # new_empty, not torch.empty: beside the logits, whatever the default device.
-    logprob = logits.new_empty(labels.shape, dtype=dtype)
-    entropy = logits.new_empty(rows_shape if with_entropy else (0,), dtype=dtype)
-    lse = logits.new_empty(rows_shape, dtype=dtype)
-    state = logits.new_empty((3, rows), dtype=dtype)
-    _native.token_stats_forward(
-        logits.data_ptr(),
-        DTYPE_CODES[logits.dtype],
-        layout,
-        vocab,
-        labels.data_ptr(),
-        labels.shape[-1] if labels.ndim == logits.ndim else 1,
-        ignore_index,
-        temperature,
-        address(row_temperature),
-        softcap,
-        logprob.data_ptr(),
-        entropy.data_ptr() if with_entropy else 0,
-        lse.data_ptr(),
-        state.data_ptr(),
-        torch.get_num_threads(),
-        isa,
-    )
-    return logprob, entropy, lse, state
-
-
-def backward_cpu(
-    logits: Tensor,
-    labels: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
-    state: Tensor,
-    grad_logprob: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_lse: Tensor | None,
-    *,
-    isa: str = "auto",
-) -> Tensor:
-    """The native gradient, in a new contiguous tensor."""
-    gradient = logits.new_empty(logits.shape)
-    nbytes = gradient.numel() * gradient.element_size()
-    if nbytes >= _HUGE_PAGES_FROM:
-        _native.advise_huge_pages(gradient.data_ptr(), nbytes)
-    arguments = (row_temperature, temperature, softcap, ignore_index, state, grad_logprob, grad_entropy, grad_lse)
-    _write_gradient(logits, labels, *arguments, gradient=gradient, isa=isa)
-    return gradient
-
-
-def backward_cpu_(
-    logits: Tensor,
-    labels: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
-    state: Tensor,
-    grad_logprob: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_lse: Tensor | None,
-    *,
-    isa: str = "auto",
-) -> None:
-    """The native gradient, written over the logits, which have a row layout without overlap."""
-    arguments = (row_temperature, temperature, softcap, ignore_index, state, grad_logprob, grad_entropy, grad_lse)
-    _write_gradient(logits, labels, *arguments, gradient=logits, isa=isa)
-
-
-# Two huge pages: below that there may be none inside.
-_HUGE_PAGES_FROM = 4 << 20
-
-
-def _write_gradient(
-    logits: Tensor,
-    labels: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
-    state: Tensor,
-    grad_logprob: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_lse: Tensor | None,
-    *,
-    gradient: Tensor,
-    isa: str,
-) -> None:
-    vocab = logits.shape[-1]
-    gradient_layout = row_layout(gradient)
-    logits, layout = as_rows(logits)
-    labels = labels.contiguous()
-    grad_logprob, grad_entropy, grad_lse = (
-        None if g is None else g.contiguous() for g in (grad_logprob, grad_entropy, grad_lse)
-    )
-    assert gradient_layout is not None
-    _native.token_stats_backward(
-        logits.data_ptr(),
-        DTYPE_CODES[logits.dtype],
-        layout,
-        vocab,
-        labels.data_ptr(),
-        labels.shape[-1] if labels.ndim == logits.ndim else 1,
-        ignore_index,
-        temperature,
-        address(row_temperature),
-        softcap,
-        state.data_ptr(),
-        address(grad_logprob),
-        address(grad_entropy),
-        address(grad_lse),
-        gradient.data_ptr(),
-        gradient_layout,
-        torch.get_num_threads(),
-        isa,
-    )
-
 
 def _forward_fake(
     logits: Tensor,
@@ -271,6 +125,10 @@ def _forward_fake(
 
 def _backward_fake(logits: Tensor, *args: object) -> Tensor:
     return logits.new_empty(logits.shape)
+
+
+def _backward_over_logits(logits: Tensor, *arguments: Any) -> None:
+    backward_cpu(logits, *arguments, gradient=logits)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Statistics) -> None:
@@ -299,7 +157,7 @@ def _backward(
     direct = runs_undispatched(logits) and not torch.is_grad_enabled()
     if ctx.inplace_backward:
         gradient = logits.detach()
-        (backward_cpu_ if direct else torch.ops.irlfast.token_stats_backward_)(gradient, *arguments)
+        (_backward_over_logits if direct else torch.ops.irlfast.token_stats_backward_)(gradient, *arguments)
         # The native code wrote behind autograd's back: whoever saved these logits must hear of it and not use them.
         torch.autograd.graph.increment_version(gradient)
     else:
@@ -328,7 +186,7 @@ def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
 
 LIBRARY.impl("token_stats", forward_cpu, "CPU")
 LIBRARY.impl("token_stats_backward", backward_cpu, "CPU")
-LIBRARY.impl("token_stats_backward_", backward_cpu_, "CPU")
+LIBRARY.impl("token_stats_backward_", _backward_over_logits, "CPU")
 torch.library.register_fake("irlfast::token_stats", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("irlfast::token_stats_backward", _backward_fake, lib=LIBRARY)
 torch.library.register_fake("irlfast::token_stats_backward_", lambda *args: None, lib=LIBRARY)
@@ -376,7 +234,7 @@ def _run_reference(
     if isinstance(temperature, Tensor):
         temperature = temperature.expand(logits.shape[:-1])
         if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
-            _check_row_temperature(temperature)
+            check_row_temperature(temperature)
     return token_stats_reference(logits, labels, temperature=temperature, softcap=softcap, ignore_index=ignore_index)
 
 
@@ -544,17 +402,3 @@ def _check_inplace(op: str, logits: Tensor) -> None:
             f"{op}: inplace_backward on logits of shape {tuple(logits.shape)} and strides {logits.stride()}, whose "
             "rows are scattered or overlap; pass logits.contiguous(), or leave inplace_backward out"
         )
-
-
-def _raise_label(labels: Tensor, position: int, vocab: int, ignore_index: int) -> None:
-    index = ", ".join(str(int(i)) for i in torch.unravel_index(torch.tensor(position), labels.shape))
-    value = int(labels.reshape(-1)[position])
-    raise IndexError(f"labels[{index}] = {value} is outside [0, {vocab}) and is not ignore_index ({ignore_index})")
-
-
-def _check_row_temperature(temperature: Tensor) -> None:
-    valid = (temperature > 0) & (temperature < math.inf)
-    if not bool(valid.all()):
-        position = int((~valid).flatten().nonzero()[0])
-        value = float(temperature.reshape(-1)[position])
-        raise ValueError(f"temperature of row {position} = {value} is not a positive finite number")

@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from irlfast import _native
 from irlfast.ops import TokenStats, token_logprobs, token_stats, token_stats_reference
-from irlfast.ops.token_stats import backward_cpu, backward_cpu_, forward_cpu
+from irlfast.ops._token_stats_cpu import backward_cpu, forward_cpu
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # 1 and 7: shorter than a vector; 4093: ragged against every vector and block; 32000: whole blocks; 50257, 151936: more
@@ -651,5 +651,5 @@ class TestInplaceBackward:
         state = forward_cpu(logits, labels, None, 1.0, 0.0, -100, True, isa=isa)[3]
         arguments = (labels, None, 1.0, 0.0, -100, state, torch.randn(3), torch.randn(3), None)
         expected = backward_cpu(logits, *arguments, isa=isa)
-        backward_cpu_(logits, *arguments, isa=isa)
+        backward_cpu(logits, *arguments, gradient=logits, isa=isa)
         assert torch.equal(logits, expected)
