@@ -23,10 +23,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from irlfast.commands import SUBCOMMANDS, Subcommand
     from irlfast.data import DataError
 
-    command: Subcommand = tyro.extras.subcommand_cli_from_dict(
-        SUBCOMMANDS, args=arguments, prog="irlfast", description="Learn rewards and policies from demonstrations."
-    )
     try:
+        # Configurations check their values when they are made, which is while the arguments are read.
+        command: Subcommand = tyro.extras.subcommand_cli_from_dict(
+            SUBCOMMANDS, args=arguments, prog="irlfast", description="Learn rewards and policies from demonstrations."
+        )
         return command()
     except (DataError, OSError, ValueError) as error:
         print(f"irlfast: {error}", file=sys.stderr)

@@ -67,13 +67,13 @@ class RewardModelOptions:
 def _default_training() -> BiLevelConfig:
     return BiLevelConfig(
         iterations=100,
-        reward_warmup_steps=60,
+        reward_warmup_steps=40,
         prompts_per_step=32,
         eval_every=20,
         eval_prompts=128,
         checkpoint_every=20,
         rollout=SamplingParams(max_new_tokens=64, n=8),
-        policy=PolicyConfig(kind="ppo", epochs=2, minibatches=4, optimizer=OptimizerConfig(lr=3e-4, warmup_steps=10)),
+        policy=PolicyConfig(kind="ppo", minibatches=2, optimizer=OptimizerConfig(lr=1e-4, warmup_steps=10)),
         reward=RewardConfig(optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1)),
     )
 
@@ -111,6 +111,8 @@ class BiLevelCommand:
 def run_bilevel(command: BiLevelCommand) -> int:
     """Train, evaluate, compare with supervised fine-tuning, and write the results below `command.out`."""
     logging.basicConfig(level=logging.WARNING, format="irlfast: %(message)s")
+    if not command.resume and (command.out / "metrics.jsonl").exists():
+        raise FileExistsError(f"{command.out} holds an earlier run: choose another --out, or --resume that one")
     model, tokenizer = _load(command)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     training, validation, heldout = _rows(command, tokenizer)
@@ -211,7 +213,10 @@ def _rows(
         )
         for part in (training, validation, heldout)
     ]
-    return parts[0], parts[1], parts[2]
+    # Different texts may begin alike: a prompt that is evaluated is not trained on, whatever follows it.
+    unseen = {row.prompt_ids for row in parts[2]}
+    learned = [[row for row in part if row.prompt_ids not in unseen] for part in parts[:2]]
+    return learned[0], learned[1], parts[2]
 
 
 def _reward_model(command: BiLevelCommand, model: Any) -> RewardModel:
