@@ -425,10 +425,12 @@ def test_ppo_takes_epochs_times_minibatches_steps_over_all_rows(
     policy = replace(small_config.policy, kind="ppo", epochs=epochs, minibatches=minibatches)
     trainer = make_trainer(replace(small_config, policy=policy))
     seen: list[list[list[int]]] = []
+    given: list[tuple[list[int], float]] = []
     update = trainer._policy_update
 
     def noted(rollouts: Any, advantages: Tensor) -> dict[str, float]:
         seen.append(rollouts.input_ids.tolist())
+        given.extend(zip(rollouts.input_ids.tolist(), advantages.tolist(), strict=True))
         return update(rollouts, advantages)
 
     trainer._policy_update = noted  # type: ignore[method-assign]
@@ -440,6 +442,12 @@ def test_ppo_takes_epochs_times_minibatches_steps_over_all_rows(
         parts = seen[epoch * minibatches : (epoch + 1) * minibatches]
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
         assert sorted(row for part in parts for row in part) == sorted(gathered.samples.input_ids.tolist())
+    # The policy is still the reference, so a return is the reward; shuffled rows must keep their own advantages.
+    rewards = trainer.rewards(gathered.samples)
+    expected = (rewards - rewards.mean()) * (12 / 11) / trainer.reward.normalizer.scale
+    own = dict(zip(map(tuple, gathered.samples.input_ids.tolist()), expected.tolist(), strict=True))
+    for row, advantage in given:
+        assert advantage == pytest.approx(own[tuple(row)], abs=1e-5)
     assert metrics["approx_kl"] > 0
     assert metrics["ratio_max"] > 1.0
 
