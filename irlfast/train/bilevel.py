@@ -1,8 +1,8 @@
 """Bi-level inverse reinforcement learning: a reward learned from demonstrations while the policy is trained on it.
 
-The model of the demonstrator is p(y|x) ~ b(y|x) exp(r(x, y) / beta), b the reference policy or uniform (maximum-entropy
-IRL; Ziebart et al. 2008, and with samples of the policy as importance proposals, guided cost learning, Finn et al. 2016,
-arXiv 1603.00448). Each iteration takes `policy_steps` steps of
+The model of the demonstrator is p(y|x) ~ b(y|x) exp(r(x, y) / beta), b the reference policy or uniform: maximum-entropy
+IRL (Ziebart et al. 2008) and, with samples of the policy as importance proposals, guided cost learning (Finn et al.
+2016, arXiv 1603.00448). Each iteration takes `policy_steps` steps of
 
     policy:  maximise E_pi[r] - beta KL(pi || b)          REINFORCE or PPO on whole responses, leave-one-out baseline
     return   R_i = r(y_i) - beta (log pi(y_i) - log b(y_i)),   one number a response, detached
@@ -66,7 +66,7 @@ class BiLevelTrainer:
     """Trains a reward and a policy together, evaluates on held-out demonstrations, logs, checkpoints and resumes.
 
     Args:
-        policy: causal LM, called as model(input_ids=, attention_mask=, use_cache=), with `.logits` [B, S, V] in its output.
+        policy: causal LM, called as model(input_ids=, attention_mask=, use_cache=), its output has `.logits` [B, S, V].
         engine: samples from the policy.
         reward: scores pooled features.
         demonstrations: what the reward is learned from; their prompts are the policy's prompts.
@@ -75,10 +75,10 @@ class BiLevelTrainer:
         pad_token_id: fills the right of shorter rows.
         out: folder for metrics.jsonl and checkpoints/; None keeps nothing on disk.
         reference: frozen causal LM. Required by regularizer="kl" (it is the base b), and where `features` is None.
-        features: (input_ids, attention_mask) -> [B, S, H], what the reward reads; None takes the reference's last layer.
+        features: (input_ids, attention_mask) -> [B, S, H], what the reward reads; None: the reference's last layer.
         sample_metrics: further metrics of the evaluation's samples.
-        extra_state: files that every checkpoint shall also hold, written by a function of the checkpoint's policy folder
-            (a tokenizer, for instance).
+        extra_state: writes further files of every checkpoint (a tokenizer's, for instance), given the folder of its
+            policy.
 
     Raises:
         ValueError: no demonstrations or held-out rows, or a reference that is needed and missing.

@@ -82,7 +82,7 @@ class RewardConfig:
     centre: float = 0.0
     """Weight of E[r^2], which keeps the reward's free constant and its size down."""
     token_statistics: bool = True
-    """Let the reward also read each response token's log-prob and entropy under the reference, beside its hidden state."""
+    """Let the reward also read each response token's log-prob and entropy under the reference."""
     micro_batch_size: int = 256
     """Sequences in one pass of the frozen reference."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-3, weight_decay=0.01))
@@ -140,10 +140,9 @@ class BiLevelConfig:
         require(self.eval_prompts >= 1, "eval_prompts", self.eval_prompts, "at least 1")
         require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "at least 1")
         require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1")
-        require(self.rollout.n >= 2, "rollout.n", self.rollout.n, "at least 2: the baseline is the group's other samples")
-        require(
-            self.rollout.temperature > 0, "rollout.temperature", self.rollout.temperature, "above 0: learning needs samples"
-        )
+        require(self.rollout.n >= 2, "rollout.n", self.rollout.n, "at least 2: the others are the baseline")
+        temperature = self.rollout.temperature
+        require(temperature > 0, "rollout.temperature", temperature, "above 0: learning needs samples")
 
 
 def config_dict(config: Any) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def response_scores(model: nn.Module, sequences: Sequences, *, hidden_states: bo
     """Log-prob, entropy and log-sum-exp of every response token under `model`, differentiable.
 
     Args:
-        model: called as model(input_ids=, attention_mask=, use_cache=False), returns an object with `.logits` [B, S, V].
+        model: called as model(input_ids=, attention_mask=, use_cache=False); its output has `.logits` [B, S, V].
         sequences: prompts and responses.
         hidden_states: also return the last layer's states after the final norm.
     """

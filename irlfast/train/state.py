@@ -1,9 +1,9 @@
 """What a bi-level checkpoint holds, written and read back as one.
 
-    policy/model.safetensors, config.json ...    loads with AutoModelForCausalLM.from_pretrained where the policy is one
-    reward/model.safetensors, config.json        loads with RewardModel.from_pretrained; the serving normaliser is inside
-    optimizers.pt                                both AdamW states and torch's generator state (tensors and numbers only)
-    state.json                                   iteration, data position, rollout count, the whole configuration
+policy/model.safetensors, config.json ...    loads with AutoModelForCausalLM.from_pretrained where the policy is one
+reward/model.safetensors, config.json        loads with RewardModel.from_pretrained; the serving normaliser is inside
+optimizers.pt                                both AdamW states and torch's generator state (tensors and numbers only)
+state.json                                   iteration, data position, rollout count, the whole configuration
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Supervised fine-tuning on demonstrations: the starting point of a policy, and the honest rival of IRL.
 
-    L = - sum_t m_t log pi(y_t | x, y_<t) / sum_t m_t        over the response tokens of a batch
+L = - sum_t m_t log pi(y_t | x, y_<t) / sum_t m_t        over the response tokens of a batch
 """
 
 from __future__ import annotations
