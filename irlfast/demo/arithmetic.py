@@ -67,7 +67,7 @@ class Problem:
 
 
 def all_problems() -> list[Problem]:
-    """Every problem whose results, and those of a slip, stay within [0, 19]."""
+    """Every problem whose results stay within [0, 19]."""
     problems = [Problem(start, ()) for start in range(1, LARGEST_START + 1)]
     for _ in range(OPERATIONS):
         problems = [

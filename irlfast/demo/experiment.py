@@ -69,7 +69,7 @@ def make_data(seed: int) -> Data:
 
 
 def make_model() -> torch.nn.Module:
-    """A two-layer Llama of about 110,000 parameters over 17 symbols, untrained."""
+    """A two-layer Llama of about 110,000 parameters over 27 tokens, untrained."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(

@@ -1,7 +1,7 @@
 """Bi-level inverse reinforcement learning: a reward learned from demonstrations while the policy is trained on it.
 
-The model of the demonstrator is p(y|x) ~ b(y|x) exp(r(x, y) / beta), b the reference policy or uniform (maximum-entropy
-IRL; Ziebart et al. 2008, and with samples of the policy as importance proposals, guided cost learning, Finn et al.
+The model of the demonstrator is p(y|x) ~ b(y|x) exp(r(x, y) / beta), b the reference policy or uniform: maximum-entropy
+IRL (Ziebart et al. 2008) and, with samples of the policy as importance proposals, guided cost learning (Finn et al.
 2016, arXiv 1603.00448). Each iteration takes `policy_steps` steps of
 
     policy:  maximise E_pi[r] - beta KL(pi || b)          REINFORCE or PPO on whole responses, leave-one-out baseline
@@ -20,6 +20,7 @@ before it (their q_k is recorded, so the weights are exact) and samples afresh o
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -66,7 +67,7 @@ class BiLevelTrainer:
     """Trains a reward and a policy together, evaluates on held-out demonstrations, logs, checkpoints and resumes.
 
     Args:
-        policy: causal LM, called as model(input_ids=, attention_mask=, use_cache=); its output has `.logits` [B, S, V].
+        policy: causal LM, called as model(input_ids=, attention_mask=, use_cache=), its output has `.logits` [B, S, V].
         engine: samples from the policy.
         reward: scores pooled features.
         demonstrations: what the reward is learned from; their prompts are the policy's prompts.
@@ -77,8 +78,8 @@ class BiLevelTrainer:
         reference: frozen causal LM. Required by regularizer="kl" (it is the base b), and where `features` is None.
         features: (input_ids, attention_mask) -> [B, S, H], what the reward reads; None: the reference's last layer.
         sample_metrics: further metrics of the evaluation's samples.
-        extra_state: writes further files (a tokenizer, for instance) into the policy folder of every checkpoint, which
-            it is called with.
+        extra_state: writes further files of every checkpoint (a tokenizer's, for instance), given the folder of its
+            policy.
 
     Raises:
         ValueError: no demonstrations or held-out rows, or a reference that is needed and missing.
@@ -119,6 +120,7 @@ class BiLevelTrainer:
         self._sample_metrics = sample_metrics
         self._extra_state = extra_state
         self.draws = EndlessDraws(list(demonstrations), config.seed, "demonstrations")
+        self.data_digest = _digest([*demonstrations, *self.heldout])
         self.rollout_count = 0
         self.iteration = 0
         policy_updates = config.iterations * config.policy_steps * config.policy.epochs * config.policy.minibatches
@@ -254,6 +256,8 @@ class BiLevelTrainer:
                 batch.response_mask,
                 kind=config.kind,
                 old_logprobs=batch.model_logprobs if config.kind == "ppo" else None,
+                rollout_logprobs=batch.sampler_logprobs,
+                tis_cap=config.tis_cap,
                 entropy=stats.entropy,
                 clip=config.clip,
                 aggregation="seq_mean_token_sum",
@@ -374,13 +378,31 @@ def _deal(order: list[int], parts: int) -> list[list[int]]:
 
 
 def _mean_rows(rows: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None) -> dict[str, float]:
-    """The mean of each metric; `weights` are the sizes of the batches that the rows speak of, by default all equal."""
+    """Each metric over `rows`: its extreme where its name says _min or _max, else its mean.
+
+    `weights` are the sizes of the batches that the rows speak of, by default all equal.
+    """
     if not rows:
         return {}
     weights = [1] * len(rows) if weights is None else weights
     total = sum(weights)
-    return {key: sum(w * row[key] for w, row in zip(weights, rows, strict=True)) / total for key in rows[0]}
+
+    def combine(key: str) -> float:
+        values = [row[key] for row in rows]
+        if key.endswith("_min"):
+            return min(values)
+        if key.endswith("_max"):
+            return max(values)
+        return sum(w * value for w, value in zip(weights, values, strict=True)) / total
+
+    return {key: combine(key) for key in rows[0]}
 
 
 def _means(prefix: str, rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     return {f"{prefix}/{key}": value for key, value in _mean_rows(rows).items()}
+
+
+def _digest(rows: Sequence[TokenizedDemonstration]) -> str:
+    """Tells one set of demonstrations, in its order, from another."""
+    text = "\n".join(f"{list(row.prompt_ids)} {list(row.response_ids)}" for row in rows)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -55,6 +55,9 @@ class PolicyConfig:
     """Optimiser steps a pass: the rollouts are dealt into this many parts; more than 1 needs kind=ppo."""
     clip: tuple[float, float] = (0.2, 0.2)
     """Lower and upper clip range of the PPO ratio."""
+    tis_cap: float | None = None
+    """Cap of the truncated importance weights that correct for sampling at another temperature, top-p or top-k than the
+    policy's own; none by default, which is right at temperature 1 without truncation."""
     micro_batch_size: int = 256
     """Sequences in one forward and backward pass; gradients accumulate over them to the same step."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -64,6 +67,7 @@ class PolicyConfig:
         require(self.epochs >= 1, "policy.epochs", self.epochs, "at least 1")
         require(self.minibatches >= 1, "policy.minibatches", self.minibatches, "at least 1")
         require(self.micro_batch_size >= 1, "policy.micro_batch_size", self.micro_batch_size, "at least 1")
+        require(self.tis_cap is None or self.tis_cap > 0, "policy.tis_cap", self.tis_cap, "a cap above 0, or None")
         if self.kind == "reinforce" and self.epochs * self.minibatches > 1:
             raise ValueError(
                 f"policy.epochs = {self.epochs}, policy.minibatches = {self.minibatches}: reinforce takes one step on "
@@ -140,15 +144,9 @@ class BiLevelConfig:
         require(self.eval_prompts >= 1, "eval_prompts", self.eval_prompts, "at least 1")
         require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "at least 1")
         require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1")
-        require(
-            self.rollout.n >= 2, "rollout.n", self.rollout.n, "at least 2: the baseline is the group's other samples"
-        )
-        require(
-            self.rollout.temperature > 0,
-            "rollout.temperature",
-            self.rollout.temperature,
-            "above 0: learning needs samples",
-        )
+        require(self.rollout.n >= 2, "rollout.n", self.rollout.n, "at least 2: the others are the baseline")
+        temperature = self.rollout.temperature
+        require(temperature > 0, "rollout.temperature", temperature, "above 0: learning needs samples")
 
 
 def config_dict(config: Any) -> dict[str, Any]:

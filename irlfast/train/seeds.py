@@ -1,4 +1,4 @@
-"""Random draws as functions of (seed, stream, counter), so that a resumed run repeats them without generator state."""
+"""Random draws as functions of (seed, stream, counter), so that a resumed run repeats them without saved state."""
 
 from __future__ import annotations
 

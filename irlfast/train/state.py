@@ -47,6 +47,7 @@ def save(trainer: BiLevelTrainer, folder: Path, extra: Callable[[Path], None] | 
             "iteration": trainer.iteration,
             "draw_position": trainer.draws.position,
             "rollout_count": trainer.rollout_count,
+            "data_digest": trainer.data_digest,
             "config": config_dict(trainer.config),
         }
         (path / "state.json").write_text(json.dumps(position, indent=1) + "\n", encoding="utf-8")
@@ -59,7 +60,7 @@ def load(trainer: BiLevelTrainer, folder: Path) -> Path:
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: the checkpoint's configuration differs in something that a step depends on.
+        ValueError: the checkpoint's data differs, or its configuration in something that a step depends on.
     """
     from safetensors.torch import load_model
 
@@ -70,6 +71,8 @@ def load(trainer: BiLevelTrainer, folder: Path) -> Path:
         )
     position = json.loads((path / "state.json").read_text(encoding="utf-8"))
     _require_same(position["config"], json.loads(json.dumps(config_dict(trainer.config))), path)
+    if position["data_digest"] != trainer.data_digest:
+        raise ValueError(f"{path} was made on other demonstrations or held-out rows: resume with the same data")
     load_model(trainer.policy, path / "policy" / "model.safetensors")
     trainer.reward.load_state_dict(RewardModel.from_pretrained(path / "reward").state_dict())
     tensors = torch.load(path / "optimizers.pt", weights_only=True)

@@ -71,7 +71,8 @@ def test_a_run_leaves_its_figures_its_picture_and_models_that_load(
     tokenizer = AutoTokenizer.from_pretrained(latest / "policy")
     start = AutoModelForCausalLM.from_pretrained(stories(out).model)
     ids = torch.tensor([tokenizer("Once upon a time")["input_ids"]])
-    assert not torch.equal(model(input_ids=ids).logits, start(input_ids=ids).logits)  # it was trained, and that was saved
+    # It was trained, and what was trained is what was saved.
+    assert not torch.equal(model(input_ids=ids).logits, start(input_ids=ids).logits)
     reward = RewardModel.from_pretrained(latest / "reward")
     assert float(reward.normalizer.count) == 4 * 4 * 2  # rewards served: iterations x prompts x samples
 
@@ -104,8 +105,8 @@ def test_a_second_run_into_the_same_folder_is_refused(
 ) -> None:
     command = stories(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
-    arguments = ["bilevel", "--model", command.model, "--demonstrations", command.demonstrations, "--out", str(tmp_path)]
-    assert main(arguments) == 1
+    source = ["--model", command.model, "--demonstrations", command.demonstrations]
+    assert main(["bilevel", *source, "--out", str(tmp_path)]) == 1
     assert "holds an earlier run" in capsys.readouterr().err
 
 

@@ -131,7 +131,10 @@ def test_equal_prompts_form_one_group(make_trainer: Make, small_config: BiLevelC
         assert prompt_of_group[int(group)] == tuple(ids[: int(length)].tolist())
 
 
-POLICY_KEYS = {"loss", "policy", "entropy", "grad_norm", "lr", "return", "reward_served", "sampler_logprob", "length"}
+POLICY_KEYS = {
+    *("loss", "policy", "entropy", "grad_norm", "lr", "return", "reward_served", "sampler_logprob", "length"),
+    *("rollout_gap", "rollout_gap_max"),
+}
 REWARD_KEYS = {
     *("loss", "expert_reward", "sample_reward", "margin", "auc", "log_normalizer", "ess", "ess_relative"),
     *("max_abs_reward", "grad_norm", "lr"),

@@ -355,3 +355,11 @@ def test_language_model_policies_resume(small_config: BiLevelConfig, tmp_path: P
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoints" / "step-4" / "policy")
     for name, value in whole.policy.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_other_demonstrations_are_refused(
+    make_trainer: Make, config: BiLevelConfig, toy_rows: Callable[..., list[TokenizedDemonstration]], tmp_path: Path
+) -> None:
+    make_trainer(config, out=tmp_path).train()
+    with pytest.raises(ValueError, match="other demonstrations"):
+        make_trainer(config, out=tmp_path, demonstrations=toy_rows(64, seed=5)).resume()
