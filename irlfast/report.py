@@ -49,6 +49,7 @@ def plot_curves(log: Path, picture: Path, *, levels: Mapping[str, Mapping[str, f
             axis.axhline(value, linestyle="--", linewidth=1, color="tab:red", label=label)
         if level is not None:
             axis.axhline(level, linestyle=":", linewidth=1, color="grey")
+        _widen(axis)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("iteration")
         if len(axis.lines) > 1 and any(not line.get_label().startswith("_") for line in axis.lines):
@@ -57,6 +58,16 @@ def plot_curves(log: Path, picture: Path, *, levels: Mapping[str, Mapping[str, f
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     figure.savefig(picture, dpi=110)
+
+
+def _widen(axis: Any) -> None:
+    """At least a hundredth of the values' size in height: else the last digits of a flat curve look like a story."""
+    axis.ticklabel_format(axis="y", useOffset=False)
+    low, high = axis.get_ylim()
+    least = 0.01 * max(abs(low), abs(high), 1.0)
+    if high - low < least:
+        middle = (low + high) / 2
+        axis.set_ylim(middle - least / 2, middle + least / 2)
 
 
 def print_comparison(columns: Mapping[str, Mapping[str, Any]]) -> None:
