@@ -109,14 +109,17 @@ def wheel(sdist: Path, environment: dict[str, str], run: Run, tmp_path_factory: 
 
 
 @pytest.fixture(scope="session")
-def new_environment(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+def new_environment(
+    environment: dict[str, str], run: Run, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[], Path]:
     """Makes a virtual environment with what this one holds but editable installs; returns its Python."""
 
     def make() -> Path:
         folder = tmp_path_factory.mktemp("venv")
         venv.create(folder, symlinks=True)
         python = folder / "bin" / "python"
-        site_packages = Path(sysconfig.get_path("purelib", "venv", vars={"base": str(folder)}))
+        where = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", env=environment)
+        site_packages = Path(where.stdout.strip())
         # Folders named in a .pth file have their own .pth files ignored, so editable installs do not come along.
         inherited = [entry for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
         (site_packages / "inherited.pth").write_text("\n".join(inherited) + "\n")
