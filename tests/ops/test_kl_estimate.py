@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,6 +20,7 @@ def test_values_by_hand() -> None:
     assert kl_estimate(logprobs, ref, estimator="k3").tolist() == pytest.approx(want)
 
 
+@settings(deadline=None)
 @given(
     a=st.floats(-20, 0),
     d=st.floats(-10, 10),
