@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 
+# The tools that were installed beside this Python come first, whether its environment was activated or not.
+SEARCH_PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+
 
 def test_kernels_are_clean_under_sanitizers(tmp_path: Path) -> None:
-    cmake = shutil.which("cmake")
+    cmake = shutil.which("cmake", path=SEARCH_PATH)
     if cmake is None:
-        pytest.skip("cmake is not on PATH")
+        pytest.skip('cmake is neither on PATH nor beside this Python: pip install "irlfast[dev]"')
     if shutil.which("c++") is None and shutil.which("g++") is None:
         pytest.skip("no C++ compiler is on PATH")
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    generator = ["-G", "Ninja"] if shutil.which("ninja", path=SEARCH_PATH) else []
     options = {
         "IRLFAST_PYTHON": "OFF",
         "IRLFAST_NATIVE_TESTS": "ON",
@@ -35,6 +40,9 @@ def test_kernels_are_clean_under_sanitizers(tmp_path: Path) -> None:
 
 
 def run(command: list[str]) -> str:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    environment = {**os.environ, "PATH": SEARCH_PATH}
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, env=environment
+    )
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}"
     return done.stdout
