@@ -41,17 +41,59 @@ inline const uint8_t* mask_bytes(const TokenMask& mask, int64_t begin, int64_t c
 
 inline int64_t count_nonzero(const uint8_t* bytes, int64_t count) {
   int64_t total = 0;
-  for (int64_t i = 0; i < count; ++i) total += bytes[i] != 0;
+  for (int64_t i = 0; i < count;) {
+    // In runs short enough for a sum of bytes, of which a register holds the most.
+    const int64_t end = count - i < 128 ? count : i + 128;
+    uint8_t run = 0;
+    for (; i < end; ++i) run = uint8_t(run + (bytes[i] != 0));
+    total += run;
+  }
   return total;
 }
 
-// One byte a lane, as a vector of all ones where it is not zero.
+// Bytes as the lanes of an integer vector, and the two halves of a vector of floats as doubles. With intrinsics where
+// there are some: what GCC makes of __builtin_convertvector takes one lane after the other.
+#if defined(__AVX512F__)
+IRLFAST_VEC void load_bytes(const uint8_t* p, IntF& lanes) {
+  lanes = reinterpret_cast<IntF>(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+IRLFAST_VEC void load_bytes(const uint8_t* p, IntD& lanes) {
+  lanes = reinterpret_cast<IntD>(_mm512_cvtepi8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+IRLFAST_VEC void widen(VecF x, VecD& low, VecD& high) {
+  low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
+  high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
+}
+#elif defined(__AVX2__)
+IRLFAST_VEC void load_bytes(const uint8_t* p, IntF& lanes) {
+  lanes = reinterpret_cast<IntF>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+IRLFAST_VEC void load_bytes(const uint8_t* p, IntD& lanes) {
+  int32_t four;
+  memcpy(&four, p, sizeof four);
+  lanes = reinterpret_cast<IntD>(_mm256_cvtepi8_epi64(_mm_cvtsi32_si128(four)));
+}
+IRLFAST_VEC void widen(VecF x, VecD& low, VecD& high) {
+  low = _mm256_cvtps_pd(_mm256_castps256_ps128(x));
+  high = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+}
+#else
+template <typename I>
+IRLFAST_VEC void load_bytes(const uint8_t* p, I& lanes) {
+  for (unsigned i = 0; i < sizeof(I) / sizeof(lanes[0]); ++i) lanes[i] = p[i];
+}
+IRLFAST_VEC void widen(VecF x, VecD& low, VecD& high) {
+  low = VecD{double(x[0]), double(x[1])};
+  high = VecD{double(x[2]), double(x[3])};
+}
+#endif
+
+// All ones in the lanes whose byte is not zero.
 template <typename Real>
 IRLFAST_VEC typename Traits<Real>::I load_mask(const uint8_t* bytes) {
-  typedef int8_t Bytes __attribute__((vector_size(Traits<Real>::kLanes)));
-  Bytes b;
-  memcpy(&b, bytes, sizeof b);
-  return __builtin_convertvector(b, typename Traits<Real>::I) != 0;
+  typename Traits<Real>::I lanes;
+  load_bytes(bytes, lanes);
+  return lanes != 0;
 }
 
 IRLFAST_VEC double lanes_sum(VecD x) {
@@ -61,15 +103,6 @@ IRLFAST_VEC double lanes_sum(VecD x) {
     for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
   }
   return lane[0];
-}
-
-// The two halves of a vector of floats, each as doubles.
-IRLFAST_VEC void widen(VecF x, VecD& low, VecD& high) {
-  typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
-  Half half[2];
-  memcpy(half, &x, sizeof x);
-  low = __builtin_convertvector(half[0], VecD);
-  high = __builtin_convertvector(half[1], VecD);
 }
 
 IRLFAST_VEC double lanes_sum(VecF x) {

@@ -10,50 +10,71 @@
 namespace irlfast {
 namespace {
 
-// Enough sums side by side to hide the latency of an addition.
-constexpr int kSums = 4;
+// Enough sums side by side to hide the latency of an addition. The position within the sequence alone decides which of
+// them a token enters, so that neither padding after it nor another sequence shows in the result.
+template <typename Real>
+class Summation {
+  using V = typename Traits<Real>::V;
+  using I = typename Traits<Real>::I;
+  static constexpr int kLanes = Traits<Real>::kLanes;
+  static constexpr int kVectors = 4;
 
-struct Totals {
-  VecD sum[kSums]{};
+ public:
+  static constexpr int kStep = kVectors * kLanes;
 
-  void add(int at, VecD x) { sum[at % kSums] += x; }
-  void add(int at, VecF x) {
+  template <typename T>
+  IRLFAST_VEC void add(const T* values, const uint8_t* bytes) {
+    for (int u = 0; u < kVectors; ++u) {
+      const I mask = load_mask<Real>(bytes + u * kLanes);
+      count_[u] -= mask;
+      enter(u, mask ? load(values + u * kLanes) : V{});
+    }
+  }
+
+  MaskedSum result() const {
+    MaskedSum result;
+    result.sum = lanes_sum((sum_[0] + sum_[1]) + (sum_[2] + sum_[3]));
+    const I counts = (count_[0] + count_[1]) + (count_[2] + count_[3]);
+    for (int lane = 0; lane < kLanes; ++lane) result.count += counts[lane];
+    return result;
+  }
+
+ private:
+  IRLFAST_VEC void enter(int u, VecD x) { sum_[u] += x; }
+  IRLFAST_VEC void enter(int u, VecF x) {
     VecD low, high;
     widen(x, low, high);
-    sum[2 * at % kSums] += low;
-    sum[(2 * at + 1) % kSums] += high;
+    sum_[2 * u % kVectors] += low;
+    sum_[(2 * u + 1) % kVectors] += high;
   }
-  double result() const { return lanes_sum((sum[0] + sum[1]) + (sum[2] + sum[3])); }
+
+  VecD sum_[kVectors]{};
+  I count_[kVectors]{};
 };
 
 template <typename T>
 MaskedSum sum(const void* data, const TokenMask& mask, int64_t begin, int64_t end) {
   using Real = typename Compute<T>::Real;
-  constexpr int kLanes = Traits<Real>::kLanes;
+  constexpr int kStep = Summation<Real>::kStep;
   constexpr int kBlock = kBlockTokens<Real>;
+  static_assert(kBlock % kStep == 0, "each block begins with the first of the sums");
   const T* values = static_cast<const T*>(data);
   uint8_t buffer[kBlock];
-  Totals totals;
-  MaskedSum result;
+  Summation<Real> summation;
   for (int64_t i = begin; i < end; i += kBlock) {
     const int count = int(end - i < kBlock ? end - i : kBlock);
     const uint8_t* bytes = mask_bytes(mask, i, count, buffer);
-    result.count += count_nonzero(bytes, count);
     int k = 0;
-    // The position within the sequence decides which sum a token enters, so that padding after it changes nothing.
-    for (int at = 0; k + kLanes <= count; k += kLanes, ++at) {
-      totals.add(at, load_mask<Real>(bytes + k) ? load(values + i + k) : typename Traits<Real>::V{});
-    }
+    for (; k + kStep <= count; k += kStep) summation.add(values + i + k, bytes + k);
     if (k < count) {
-      T rest[kLanes] = {};
-      uint8_t rest_mask[kLanes] = {};
+      T rest[kStep] = {};
+      uint8_t rest_mask[kStep] = {};
       memcpy(rest, values + i + k, size_t(count - k) * sizeof(T));
       memcpy(rest_mask, bytes + k, size_t(count - k));
-      totals.add(k / kLanes, load_mask<Real>(rest_mask) ? load(rest) : typename Traits<Real>::V{});
+      summation.add(rest, rest_mask);
     }
   }
-  result.sum = totals.result();
-  return result;
+  return summation.result();
 }
 
 int64_t count(const TokenMask& mask, int64_t begin, int64_t end) {
