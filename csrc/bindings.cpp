@@ -278,6 +278,7 @@ void sequence_logprobs_forward(int64_t count, int64_t width, uintptr_t offsets, 
   const irlfast::DType type = parse_dtype(dtype);
   const irlfast::Isa selected = parse_isa(isa);
   if (count == 0) return;
+  if (segments.tokens() > 0) pointer<const void>(logprobs, "logprobs");
   void* out = pointer<void>(result, "result");
   py::gil_scoped_release release;
   irlfast::sequence_logprobs_forward(segments, reinterpret_cast<const void*>(logprobs), type, token_mask, mean, out,
@@ -293,6 +294,7 @@ void sequence_logprobs_backward(int64_t count, int64_t width, uintptr_t offsets,
   const irlfast::Isa selected = parse_isa(isa);
   if (count == 0) return;
   const void* given = pointer<const void>(upstream, "upstream");
+  if (segments.tokens() > 0) pointer<void>(gradient, "gradient");
   py::gil_scoped_release release;
   irlfast::sequence_logprobs_backward(segments, given, type, token_mask, mean, reinterpret_cast<void*>(gradient),
                                       threads, selected);
@@ -346,6 +348,9 @@ void gae(int64_t count, int64_t width, uintptr_t offsets, bool wide_offsets, uin
                                 parse_mask(mask, mask_bytes, mask_floating),
                                 gamma,
                                 lam};
+  if (input.segments.tokens() > 0) {
+    for (uintptr_t address : {rewards, values, advantages, returns}) pointer<void>(address, "a tensor of tokens");
+  }
   py::gil_scoped_release release;
   irlfast::gae(input, reinterpret_cast<void*>(advantages), reinterpret_cast<void*>(returns), threads);
 }
@@ -392,10 +397,12 @@ void policy_terms(int64_t count, int64_t width, uintptr_t offsets, bool wide_off
   options.sequence_correction = sequence_correction;
   options.aggregation = parse_choice<irlfast::Aggregation>(aggregation, 4, "aggregation");
   options.denominator = denominator;
-  const bool ratio_needed = options.term == irlfast::PolicyTerm::kGspo;
-  if (ratio_needed && old_logprobs == 0 && count > 0) pointer<const void>(old_logprobs, "old_logprobs");
-  if (options.corrects() && rollout_logprobs == 0 && count > 0) {
-    pointer<const void>(rollout_logprobs, "rollout_logprobs");
+  if (input.segments.tokens() > 0) {
+    pointer<const void>(logprobs, "logprobs");
+    pointer<const void>(advantages, "advantages");
+    const bool ratio = options.term != irlfast::PolicyTerm::kReinforce;
+    if (ratio) pointer<const void>(old_logprobs, "old_logprobs");
+    if (options.corrects()) pointer<const void>(rollout_logprobs, "rollout_logprobs");
   }
   const irlfast::PolicyTermsOutput output{pointer<void>(loss, "loss"), pointer<void>(metrics, "metrics"),
                                           reinterpret_cast<void*>(grad_logprobs),

@@ -104,6 +104,26 @@ def checked_offsets(cu_seqlens: Tensor, values: Tensor) -> Tensor:
     return cu_seqlens.to(values.device, torch.int64).clamp(0, total).cummax(0).values
 
 
+class Sequences:
+    """The sequences of a padded [B, T] tensor, or of a packed [N] one with offsets; in plain torch."""
+
+    def __init__(self, tokens: Tensor, cu_seqlens: Tensor | None) -> None:
+        self.shape = tokens.shape
+        self.offsets = None if cu_seqlens is None else checked_offsets(cu_seqlens, tokens)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Tokens' values -> [B] float64."""
+        return values.double().sum(dim=1) if self.offsets is None else segment_sum(values, self.offsets)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """[B] -> each sequence's value at all of its tokens."""
+        if self.offsets is None:
+            return values[:, None].expand(self.shape)
+        position = torch.arange(self.shape[0], device=values.device)
+        index = torch.searchsorted(self.offsets[1:], position, right=True)
+        return values[index.clamp(max=len(values) - 1)]
+
+
 def check_groups(groups: Tensor, values: Tensor, *, name: str = "groups") -> None:
     """TypeError or ValueError unless `groups` has an integer for each row of `values` [N]."""
     if groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool:

@@ -198,9 +198,7 @@ LIBRARY.impl("importance_weights", forward_cpu, "CPU")
 LIBRARY.impl("importance_weights_backward", backward_cpu, "CPU")
 torch.library.register_fake("irlfast::importance_weights", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("irlfast::importance_weights_backward", _backward_fake, lib=LIBRARY)
-torch.library.register_autograd(
-    "irlfast::importance_weights", _backward, setup_context=_save_for_backward, lib=LIBRARY
-)
+torch.library.register_autograd("irlfast::importance_weights", _backward, setup_context=_save_for_backward, lib=LIBRARY)
 torch.library.register_autograd("irlfast::importance_weights_backward", _no_second_derivative, lib=LIBRARY)
 
 
@@ -225,9 +223,7 @@ def _run_native(
         return ImportanceWeights(*run(log_target, log_proposal, groups, low, high, temper))
     if not differentiable:
         log_target, log_proposal = log_target.detach(), log_proposal.detach()
-    return ImportanceWeights(
-        *torch.ops.irlfast.importance_weights(log_target, log_proposal, groups, low, high, temper)
-    )
+    return ImportanceWeights(*torch.ops.irlfast.importance_weights(log_target, log_proposal, groups, low, high, temper))
 
 
 def _run_reference(

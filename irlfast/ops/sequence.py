@@ -8,6 +8,7 @@ unmasked token has L = 0 and gradient 0 under either reduction.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -131,7 +132,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     direct = runs_undispatched(grad) and not torch.is_grad_enabled()
-    run = backward_cpu if direct else torch.ops.irlfast.sequence_logprobs_backward
+    run: Callable[..., Tensor] = backward_cpu if direct else torch.ops.irlfast.sequence_logprobs_backward
     return run(grad, *ctx.saved_tensors, ctx.mean, ctx.shape, ctx.dtype), None, None, None
 
 
@@ -172,9 +173,7 @@ LIBRARY.impl("sequence_logprobs", forward_cpu, "CPU")
 LIBRARY.impl("sequence_logprobs_backward", backward_cpu, "CPU")
 torch.library.register_fake("irlfast::sequence_logprobs", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("irlfast::sequence_logprobs_backward", _backward_fake, lib=LIBRARY)
-torch.library.register_autograd(
-    "irlfast::sequence_logprobs", _backward, setup_context=_save_for_backward, lib=LIBRARY
-)
+torch.library.register_autograd("irlfast::sequence_logprobs", _backward, setup_context=_save_for_backward, lib=LIBRARY)
 torch.library.register_autograd(
     "irlfast::sequence_logprobs_backward", _second_backward, setup_context=_save_for_second, lib=LIBRARY
 )
@@ -183,13 +182,10 @@ torch.library.register_autograd(
 def _run_native(logprobs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, mean: bool) -> Tensor:
     if cu_seqlens is not None and not cu_seqlens.is_cpu:
         cu_seqlens = cu_seqlens.cpu()
+    run: Callable[..., Tensor] = torch.ops.irlfast.sequence_logprobs
     if runs_undispatched(logprobs):
-        differentiated = logprobs.requires_grad and torch.is_grad_enabled()
-        run = _SequenceLogprobs.apply if differentiated else forward_cpu
-        result: Tensor = run(logprobs, mask, cu_seqlens, mean)
-        return result
-    result = torch.ops.irlfast.sequence_logprobs(logprobs, mask, cu_seqlens, mean)
-    return result
+        run = _SequenceLogprobs.apply if logprobs.requires_grad and torch.is_grad_enabled() else forward_cpu
+    return run(logprobs, mask, cu_seqlens, mean)
 
 
 def _run_reference(logprobs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, mean: bool) -> Tensor:
@@ -231,7 +227,8 @@ def sequence_logprobs(
         logprobs: [B, T] padded, or [N] packed with `cu_seqlens`.
         mask: non-zero on the tokens that count, shaped as logprobs; None counts all. What stands at a masked
             position, NaN and infinities included, has no influence and receives gradient 0.
-        cu_seqlens: [B + 1] integer offsets (int32 and int64 are read as they are); sequence i is logprobs[cu_seqlens[i]:cu_seqlens[i + 1]].
+        cu_seqlens: [B + 1] integer offsets, int32 or int64; sequence i is
+            logprobs[cu_seqlens[i]:cu_seqlens[i + 1]].
         reduction: "sum", or "mean" over the unmasked tokens.
         impl: "auto", "reference", "cpu", "cuda" or "triton".
 
@@ -241,8 +238,8 @@ def sequence_logprobs(
 
     Raises:
         TypeError: logprobs is not floating point, or cu_seqlens is not integer.
-        ValueError: shapes or devices that do not fit, an unknown reduction, or offsets that do not rise from 0 to N. The
-            values of offsets on a GPU are not looked at, which would stall; they are clamped to the tensor.
+        ValueError: shapes or devices that do not fit, an unknown reduction, or offsets that do not rise from 0 to
+            N. The values of offsets on a GPU are not looked at, which would stall; they are clamped to the tensor.
         RuntimeError: an `impl` that is not available here.
     """
     if not logprobs.is_floating_point():
