@@ -11,13 +11,14 @@
 namespace irlfast {
 namespace {
 
+// A NaN stays.
 template <typename V, typename Real>
 IRLFAST_VEC V at_most(V x, Real limit) {
-  return x > limit ? broadcast(limit) : x;  // a NaN stays
+  return min(broadcast(limit), x);
 }
 template <typename V, typename Real>
 IRLFAST_VEC V at_least(V x, Real limit) {
-  return x < limit ? broadcast(limit) : x;
+  return max(broadcast(limit), x);
 }
 
 // A vector's worth of every array, at one token.
@@ -48,12 +49,17 @@ class Pass {
     if (sequence.log_ratio != sequence.log_ratio) sequence_ratio_ = Real(NAN);
     if (options.sequence_correction) {
       const V gap = broadcast(Real(sequence.gap));
-      sequence_correction_ = correct(exp_accurate<Real>(at_most(gap, Real(kMaxLogRatio))));
+      sequence_correction_ = correct(exp_accurate<Real>(at_most(gap, Real(kMaxLogRatio))).value);
     }
   }
 
   // The terms, their slopes and all sums of kLanes tokens.
   IRLFAST_VEC void add(const Tokens<Real>& at) {
+    if (!any_nonzero<kLanes>(at.mask)) {
+      if (at.grad_logprobs != nullptr) store(at.grad_logprobs, V{});
+      if (at.grad_entropy != nullptr) store(at.grad_entropy, V{});
+      return;
+    }
     const I mask = load_mask<Real>(at.mask);
     const V ones = mask ? broadcast<Real>(1) : V{};
     // Selected before anything is computed: whatever stands outside the mask takes no part.
@@ -65,16 +71,17 @@ class Pass {
     I moves = mask;
     if (at.old != nullptr) {
       const V difference = logprob - old;
-      const V held = at_least(at_most(difference, Real(kMaxLogRatio)), Real(-kMaxLogRatio));
-      moves = (difference >= Real(-kMaxLogRatio)) & (difference <= Real(kMaxLogRatio));
-      ratio = exp_accurate<Real>(held);
-      sum_[kSumApproxKl] += exp_less_linear<Real>(ratio, at_most(difference, Real(kMaxLogRatio)));
+      const V below = at_most(difference, Real(kMaxLogRatio));
+      const V held = at_least(below, Real(-kMaxLogRatio));
+      moves = held == difference;
+      const Exp<V> e = exp_accurate<Real>(held);
+      ratio = e.value;
+      sum_[kSumApproxKl] += e.less_one - below;
       const V seen = mask ? ratio : V{};
       sum_[kSumRatio] += seen;
       sum_[kSumRatioSquared] += seen * seen;
-      const V low = mask ? ratio : broadcast(Real(INFINITY)), high = mask ? ratio : broadcast(Real(-INFINITY));
-      ratio_min_ = (low < ratio_min_) | (low != low) ? low : ratio_min_;
-      ratio_max_ = (high > ratio_max_) | (high != high) ? high : ratio_max_;
+      ratio_min_ = min(ratio_min_, mask ? ratio : ratio_min_);
+      ratio_max_ = max(ratio_max_, mask ? ratio : ratio_max_);
     }
 
     V slope;
@@ -83,12 +90,12 @@ class Pass {
       const V gap = old - masked(mask, at.rollout);
       const V size = gap < Real(0) ? -gap : gap;
       sum_[kSumGap] += size;
-      gap_max_ = (size > gap_max_) | (size != size) ? size : gap_max_;
+      gap_max_ = max(gap_max_, size);
       const V held = at_most(gap, Real(kMaxLogRatio));
-      const V sampled = exp_accurate<Real>(held);
-      sum_[kSumRolloutKl] += exp_less_linear<Real>(sampled, held);
+      const Exp<V> sampled = exp_accurate<Real>(held);
+      sum_[kSumRolloutKl] += sampled.less_one - held;
       if (o_.corrects()) {
-        const Correction c = o_.sequence_correction ? sequence_correction_ : correct(sampled);
+        const Correction c = o_.sequence_correction ? sequence_correction_ : correct(sampled.value);
         sum_[kSumTis] += c.capped ? ones : V{};
         sum_[kSumIcepop] += c.outside ? ones : V{};
         term = c.outside ? V{} : term * c.factor;
@@ -117,11 +124,13 @@ class Pass {
 
   void finish(PolicySums& sums) const {
     for (int lane = 0; lane < kLanes; ++lane) {
-      const double low = ratio_min_[lane], high = ratio_max_[lane], gap = gap_max_[lane];
-      if (low < sums.ratio_min || low != low) sums.ratio_min = low;
-      if (high > sums.ratio_max || high != high) sums.ratio_max = high;
-      if (gap > sums.gap_max || gap != gap) sums.gap_max = gap;
+      sums.ratio_min = fmin(sums.ratio_min, double(ratio_min_[lane]));
+      sums.ratio_max = fmax(sums.ratio_max, double(ratio_max_[lane]));
+      sums.gap_max = fmax(sums.gap_max, double(gap_max_[lane]));
     }
+    // An extreme forgets a NaN, a sum does not.
+    if (isnan(sums.sum[kSumRatio])) sums.ratio_min = sums.ratio_max = NAN;
+    if (isnan(sums.sum[kSumGap])) sums.gap_max = NAN;
   }
 
  private:
@@ -186,20 +195,17 @@ class Pass {
       slope = d;
     } else if (o_.kl_estimator == KlEstimator::kK3) {
       const V held = at_least(d, Real(-kMaxLogRatio));
-      const V e = exp_accurate<Real>(-held);
-      kl = exp_less_linear<Real>(e, -held);
+      const V less_one = exp_accurate<Real>(-held).less_one;
+      kl = less_one + held;
       penalty = ratio * kl;
-      // 1 - e^-d; for small d as d less its own k3, which does not cancel.
-      const V magnitude = held < Real(0) ? -held : held;
-      const V falls = magnitude < Real(0.5) ? held - kl : Real(1) - e;
-      slope = ratio * ((d >= Real(-kMaxLogRatio) ? falls : V{}) + (moves ? kl : V{}));
+      slope = ratio * ((held == d ? -less_one : V{}) + (moves ? kl : V{}));
     }
     sum_[kSumKl] += kl;
     sum_[kSumPenalty] += penalty;
     return slope * Real(o_.kl_coef);
   }
 
-  const PolicyTermsOptions& o_;
+  const PolicyTermsOptions o_;  // a copy: nothing written can be part of it
   Real weight_, advantage_, sequence_ratio_;
   bool sequence_moves_;
   Real clip_floor_, clip_ceiling_;

@@ -51,6 +51,13 @@ inline int64_t count_nonzero(const uint8_t* bytes, int64_t count) {
   return total;
 }
 
+template <int kBytes>
+IRLFAST_VEC bool any_nonzero(const uint8_t* bytes) {
+  uint64_t words[2] = {};
+  memcpy(words, bytes, kBytes);
+  return (words[0] | words[1]) != 0;
+}
+
 // Bytes as the lanes of an integer vector, and the two halves of a vector of floats as doubles. With intrinsics where
 // there are some: what GCC makes of __builtin_convertvector takes one lane after the other.
 #if defined(__AVX512F__)
@@ -111,52 +118,51 @@ IRLFAST_VEC double lanes_sum(VecF x) {
   return lanes_sum(low + high);
 }
 
-// exp(x) for x <= 88 (float), 700 (double): exactly 1 at 0, and as accurate far from it. x log2(e) is kept in two
-// parts.
+// The first operand where it is less, else the second: a NaN there stays, as with max of vec.h.
+#if defined(__AVX512F__)
+IRLFAST_VEC VecF min(VecF a, VecF b) {
+  return _mm512_min_ps(a, b);
+}
+IRLFAST_VEC VecD min(VecD a, VecD b) {
+  return _mm512_min_pd(a, b);
+}
+#elif defined(__AVX2__)
+IRLFAST_VEC VecF min(VecF a, VecF b) {
+  return _mm256_min_ps(a, b);
+}
+IRLFAST_VEC VecD min(VecD a, VecD b) {
+  return _mm256_min_pd(a, b);
+}
+#else
+template <typename V>
+IRLFAST_VEC V min(V a, V b) {
+  return a < b ? a : b;
+}
+#endif
+
+template <typename V>
+struct Exp {
+  V value;
+  V less_one;  // exp(x) - 1, which does not cancel for small x
+};
+
+// exp(x) for x <= 88 (float), 700 (double): exactly 1 at 0, and as accurate far from it, for x log2(e) is kept in two
+// parts. At least 1e-38 or so: what would underflow is held there.
 template <typename Real, typename V>
-IRLFAST_VEC V exp_accurate(V x) {
+IRLFAST_VEC Exp<V> exp_accurate(V x) {
   using E = Exp2<Real>;
   constexpr Real kHigh = Real(kLog2E);
-  // log2(e) less its nearest float or double.
   constexpr Real kLow = sizeof(Real) == 4 ? Real(kLog2E - double(kHigh)) : Real(2.0355273740931033e-17);
-  const V t = max(broadcast<Real>(E::kLowest), x * kHigh);
-  const V rest = fma(x, broadcast(kHigh), -(x * kHigh)) + x * kLow;
+  x = max(broadcast(Real(sizeof(Real) == 4 ? -87 : -708)), x);
+  const V t = x * kHigh;
+  const V rest = fma(x, broadcast(kLow), fma(x, broadcast(kHigh), -t));
   const V n = nearest<Real>(t);
-  const V f = t - integer<Real>(n);
+  const V f = (t - integer<Real>(n)) + rest;
   V q = broadcast(E::kAccurateQ[0]);
   for (int k = 1; k < E::kAccurateTerms; ++k) q = fma(q, f, broadcast(E::kAccurateQ[k]));
-  // 2^(f + rest) = 2^f (1 + rest ln 2), rest being of the size of a rounding error.
-  V r = fma(q, f, broadcast<Real>(1));
-  r = t > Real(E::kLowest) ? fma(r, rest * Real(kLn2), r) : r;
-  return times_power_of_two<Real>(r, n);
-}
-
-// e^x - 1 - x, given e^x: for small x by its series, in which nothing cancels.
-template <typename Real, typename V>
-IRLFAST_VEC V exp_less_linear(V exp_x, V x) {
-  constexpr int kTerms = sizeof(Real) == 4 ? 8 : 15;
-  // 1 / (k + 2)!
-  constexpr double kInverseFactorial[15] = {
-      0.5,
-      0.16666666666666666,
-      0.041666666666666664,
-      0.0083333333333333332,
-      0.0013888888888888889,
-      0.00019841269841269841,
-      2.4801587301587302e-05,
-      2.7557319223985893e-06,
-      2.7557319223985888e-07,
-      2.505210838544172e-08,
-      2.08767569878681e-09,
-      1.6059043836821613e-10,
-      1.1470745597729725e-11,
-      7.6471637318198164e-13,
-      4.7794773323873853e-14,
-  };
-  V series = broadcast(Real(kInverseFactorial[kTerms - 1]));
-  for (int k = kTerms - 2; k >= 0; --k) series = fma(series, x, broadcast(Real(kInverseFactorial[k])));
-  const V magnitude = x < Real(0) ? -x : x;
-  return magnitude < Real(0.5) ? series * x * x : (exp_x - Real(1)) - x;
+  const V fraction = q * f;
+  const V scale = times_power_of_two<Real>(broadcast<Real>(1), n);
+  return {fma(scale, fraction, scale), fma(scale, fraction, scale - Real(1))};
 }
 
 }  // namespace
