@@ -12,8 +12,8 @@ namespace irlfast {
 namespace {
 
 struct Sequence {
-  int64_t tokens = 0;    // unmasked ones; 0 where the whole is dropped
-  double log_ratio = 0;  // mean of logp - old
+  int64_t tokens = 0;  // unmasked ones; 0 where the whole is dropped
+  double ratio = 1;    // of the sequence, where the term takes it
   PolicySums sums;
 };
 
@@ -67,8 +67,10 @@ class Batch {
     constants.weight = 1 / (mean_of_tokens() ? denominator_ * double(sequence.tokens) : denominator_);
     const auto difference = spans_.difference[which_];
     if (options_.term == PolicyTerm::kGspo) {
-      sequence.log_ratio = difference(in_.logprobs, in_.old_logprobs, in_.mask, begin, end) / double(sequence.tokens);
-      constants.log_ratio = sequence.log_ratio;
+      const double mean = difference(in_.logprobs, in_.old_logprobs, in_.mask, begin, end) / double(sequence.tokens);
+      sequence.ratio = std::exp(std::min(std::max(mean, -kMaxLogRatio), kMaxLogRatio));
+      constants.ratio = sequence.ratio;
+      constants.ratio_moves = std::fabs(mean) <= kMaxLogRatio;
     }
     if (options_.corrects() && options_.sequence_correction) {
       const void* old = in_.old_logprobs != nullptr ? in_.old_logprobs : in_.logprobs;
@@ -94,8 +96,7 @@ class Batch {
       policy += s.sums.sum[kSumPolicy] / divisor;
       penalty += s.sums.sum[kSumPenalty] / divisor;
       entropy += s.sums.sum[kSumEntropy] / divisor;
-      const double held = std::min(std::max(s.log_ratio, -kMaxLogRatio), kMaxLogRatio);
-      const double low = sequence_ratio ? std::exp(held) : s.sums.ratio_min;
+      const double low = sequence_ratio ? s.ratio : s.sums.ratio_min;
       const double high = sequence_ratio ? low : s.sums.ratio_max;
       ratio_sum += sequence_ratio ? low : s.sums.sum[kSumRatio];
       ratio_squares += sequence_ratio ? low * low : s.sums.sum[kSumRatioSquared];

@@ -40,13 +40,12 @@ class Pass {
       : o_(options),
         weight_(Real(sequence.weight)),
         advantage_(advantage),
-        sequence_ratio_(Real(exp(fmin(fmax(sequence.log_ratio, -kMaxLogRatio), kMaxLogRatio)))),
-        sequence_moves_(fabs(sequence.log_ratio) <= kMaxLogRatio),
+        sequence_ratio_(Real(sequence.ratio)),
+        sequence_moves_(sequence.ratio_moves),
         clip_floor_(Real(1 - options.clip_low)),
         clip_ceiling_(Real(1 + options.clip_high)),
         ratio_min_(broadcast(Real(INFINITY))),
         ratio_max_(broadcast(Real(-INFINITY))) {
-    if (sequence.log_ratio != sequence.log_ratio) sequence_ratio_ = Real(NAN);
     if (options.sequence_correction) {
       const V gap = broadcast(Real(sequence.gap));
       sequence_correction_ = correct(exp_accurate<Real>(at_most(gap, Real(kMaxLogRatio))).value);
@@ -115,22 +114,25 @@ class Pass {
   }
 
   // To be called after every kBlockTokens: the error of a sum grows with its terms.
-  void move_up(PolicySums& sums) {
-    for (int k = 0; k < kPolicySums; ++k) {
-      sums.sum[k] += lanes_sum(sum_[k]);
-      sum_[k] = V{};
-    }
+  IRLFAST_VEC void move_up(const Tokens<Real>& given, PolicySums& sums) {
+    move_up(sums, kSumPolicy, true);
+    move_up(sums, kSumTermSlope, o_.term == PolicyTerm::kGspo);
+    for (int k : {kSumApproxKl, kSumRatio, kSumRatioSquared}) move_up(sums, k, given.old != nullptr);
+    for (int k : {kSumClipLow, kSumClipHigh}) move_up(sums, k, o_.term != PolicyTerm::kReinforce);
+    for (int k : {kSumKl, kSumPenalty}) move_up(sums, k, given.ref != nullptr);
+    move_up(sums, kSumEntropy, given.entropy != nullptr);
+    for (int k : {kSumGap, kSumRolloutKl}) move_up(sums, k, given.rollout != nullptr);
+    for (int k : {kSumTis, kSumIcepop}) move_up(sums, k, given.rollout != nullptr && o_.corrects());
   }
 
-  void finish(PolicySums& sums) const {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      sums.ratio_min = fmin(sums.ratio_min, double(ratio_min_[lane]));
-      sums.ratio_max = fmax(sums.ratio_max, double(ratio_max_[lane]));
-      sums.gap_max = fmax(sums.gap_max, double(gap_max_[lane]));
-    }
+  IRLFAST_VEC void finish(const PolicyTermsInput& input, PolicySums& sums) const {
     // An extreme forgets a NaN, a sum does not.
-    if (isnan(sums.sum[kSumRatio])) sums.ratio_min = sums.ratio_max = NAN;
-    if (isnan(sums.sum[kSumGap])) sums.gap_max = NAN;
+    if (input.old_logprobs != nullptr) {
+      const bool number = !isnan(sums.sum[kSumRatio]);
+      sums.ratio_min = number ? -lanes_max(-ratio_min_) : NAN;
+      sums.ratio_max = number ? lanes_max(ratio_max_) : NAN;
+    }
+    if (input.rollout_logprobs != nullptr) sums.gap_max = isnan(sums.sum[kSumGap]) ? NAN : lanes_max(gap_max_);
   }
 
  private:
@@ -138,6 +140,21 @@ class Pass {
     V factor;
     I capped, outside;
   };
+
+  IRLFAST_VEC void move_up(PolicySums& sums, int k, bool used) {
+    if (!used) return;
+    sums.sum[k] += lanes_sum(sum_[k]);
+    sum_[k] = V{};
+  }
+
+  static IRLFAST_VEC double lanes_max(V x) {
+    Real lane[kLanes];
+    store(lane, x);
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
+    }
+    return lane[0];
+  }
 
   static IRLFAST_VEC V masked(I mask, const Real* values) { return mask ? load(values) : V{}; }
 
@@ -279,9 +296,9 @@ PolicySums accumulate(const PolicyTermsInput& in, const PolicyTermsOptions& opti
       if (at.grad_logprobs != nullptr) memcpy(at.grad_logprobs, gradients[0], size_t(left) * sizeof(Real));
       if (at.grad_entropy != nullptr) memcpy(at.grad_entropy, gradients[1], size_t(left) * sizeof(Real));
     }
-    pass.move_up(sums);
+    pass.move_up(at, sums);
   }
-  pass.finish(sums);
+  pass.finish(in, sums);
   return sums;
 }
 

@@ -38,9 +38,10 @@ struct PolicySums {
 // What is one number for the sequence at hand.
 struct PolicySequence {
   int64_t index = 0;
-  double weight = 0;     // of a token's term in the loss
-  double log_ratio = 0;  // mean of logp - old, for terms on the sequence's ratio
-  double gap = 0;        // sum of old - rollout, for corrections of the sequence as a whole
+  double weight = 0;        // of a token's term in the loss
+  double ratio = 1;         // exp of the mean of logp - old, for terms on the sequence's ratio
+  bool ratio_moves = true;  // that mean is within +-kMaxLogRatio
+  double gap = 0;           // sum of old - rollout, for corrections of the sequence as a whole
 };
 
 // For float and for double.

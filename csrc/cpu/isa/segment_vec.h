@@ -40,14 +40,19 @@ inline const uint8_t* mask_bytes(const TokenMask& mask, int64_t begin, int64_t c
 }
 
 inline int64_t count_nonzero(const uint8_t* bytes, int64_t count) {
-  int64_t total = 0;
-  for (int64_t i = 0; i < count;) {
-    // In runs short enough for a sum of bytes, of which a register holds the most.
-    const int64_t end = count - i < 128 ? count : i + 128;
-    uint8_t run = 0;
-    for (; i < end; ++i) run = uint8_t(run + (bytes[i] != 0));
-    total += run;
+  int64_t total = 0, i = 0;
+#if defined(__AVX512F__)
+  for (; i + 64 <= count; i += 64) {
+    const __m512i x = _mm512_loadu_si512(bytes + i);
+    total += __builtin_popcountll(_mm512_test_epi8_mask(x, x));
   }
+#elif defined(__AVX2__)
+  for (; i + 32 <= count; i += 32) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + i));
+    total += 32 - __builtin_popcount(unsigned(_mm256_movemask_epi8(_mm256_cmpeq_epi8(x, _mm256_setzero_si256()))));
+  }
+#endif
+  for (; i < count; ++i) total += bytes[i] != 0;
   return total;
 }
 
@@ -103,14 +108,22 @@ IRLFAST_VEC typename Traits<Real>::I load_mask(const uint8_t* bytes) {
   return lanes != 0;
 }
 
-IRLFAST_VEC double lanes_sum(VecD x) {
-  double lane[Traits<double>::kLanes];
-  store(lane, x);
-  for (int half = Traits<double>::kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  }
-  return lane[0];
+// Halves onto halves.
+#if defined(__AVX2__)
+IRLFAST_VEC double lanes_sum(__m256d x) {
+  const __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(pair, _mm_unpackhi_pd(pair, pair)));
 }
+#if defined(__AVX512F__)
+IRLFAST_VEC double lanes_sum(VecD x) {
+  return lanes_sum(_mm256_add_pd(_mm512_castpd512_pd256(x), _mm512_extractf64x4_pd(x, 1)));
+}
+#endif
+#else
+IRLFAST_VEC double lanes_sum(VecD x) {
+  return x[0] + x[1];
+}
+#endif
 
 IRLFAST_VEC double lanes_sum(VecF x) {
   VecD low, high;
