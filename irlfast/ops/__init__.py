@@ -1,5 +1,6 @@
 """Differentiable statistics of token distributions and sequences. Each op is defined by its `X_reference`."""
 
+from irlfast.ops.gae import Gae, gae
 from irlfast.ops.importance import ImportanceWeights, importance_weights
 from irlfast.ops.kl_estimate import kl_estimate
 from irlfast.ops.policy_terms import PolicyTerms, policy_terms
@@ -7,9 +8,11 @@ from irlfast.ops.sequence import sequence_logprobs
 from irlfast.ops.token_stats import TokenStats, token_logprobs, token_stats, token_stats_reference
 
 __all__ = [
+    "Gae",
     "ImportanceWeights",
     "PolicyTerms",
     "TokenStats",
+    "gae",
     "importance_weights",
     "kl_estimate",
     "policy_terms",
