@@ -12,6 +12,7 @@
 #include "irlfast/huge_pages.h"
 #include "irlfast/isa.h"
 #include "irlfast/linear_token_stats.h"
+#include "irlfast/token_kl.h"
 #include "irlfast/token_stats.h"
 
 namespace py = pybind11;
@@ -231,6 +232,71 @@ void linear_token_stats_differentiate(uintptr_t logits, int dtype, int64_t strid
   irlfast::token_stats_backward(input, saved, upstream, written, threads, selected);
 }
 
+irlfast::TokenKlInput parse_kl_input(uintptr_t logits, uintptr_t ref_logits, int dtype, const Layout& layout,
+                                     const Layout& ref_layout, int64_t vocab, int kind, double weight,
+                                     double temperature, uintptr_t row_temperature, double softcap) {
+  if (vocab < 1) throw std::invalid_argument("vocab = " + std::to_string(vocab) + " is below 1");
+  if (kind < 0 || kind >= irlfast::kDivergences) {
+    throw std::invalid_argument("kind " + std::to_string(kind) + " is unknown; the kinds are DIVERGENCES");
+  }
+  irlfast::TokenKlInput input;
+  input.dtype = parse_dtype(dtype);
+  input.layout = parse_layout(layout, "layout");
+  input.ref_layout = parse_layout(ref_layout, "ref_layout");
+  if (input.layout.rows() != input.ref_layout.rows()) {
+    throw std::invalid_argument("the reference has " + std::to_string(input.ref_layout.rows()) + " rows, the logits " +
+                                std::to_string(input.layout.rows()));
+  }
+  input.vocab = vocab;
+  input.kind = static_cast<irlfast::Divergence>(kind);
+  input.weight = weight;
+  input.temperature = temperature;
+  input.softcap = softcap;
+  if (input.layout.rows() > 0) {
+    input.logits = pointer<const void>(logits, "logits");
+    input.ref_logits = pointer<const void>(ref_logits, "ref_logits");
+    input.row_temperature = reinterpret_cast<const void*>(row_temperature);
+  }
+  return input;
+}
+
+void token_kl_forward(uintptr_t logits, uintptr_t ref_logits, int dtype, const Layout& layout, const Layout& ref_layout,
+                      int64_t vocab, int kind, double weight, double temperature, uintptr_t row_temperature,
+                      double softcap, uintptr_t kl, uintptr_t state, int threads, const std::string& isa) {
+  const irlfast::TokenKlInput input = parse_kl_input(logits, ref_logits, dtype, layout, ref_layout, vocab, kind, weight,
+                                                     temperature, row_temperature, softcap);
+  const irlfast::Isa selected = parse_isa(isa);
+  if (input.layout.rows() == 0) return;
+  void* result = pointer<void>(kl, "kl");
+  double* saved = pointer<double>(state, "state");
+  py::gil_scoped_release release;
+  irlfast::token_kl_forward(input, result, saved, threads, selected);
+}
+
+void token_kl_backward(uintptr_t logits, uintptr_t ref_logits, int dtype, const Layout& layout,
+                       const Layout& ref_layout, int64_t vocab, int kind, double weight, double temperature,
+                       uintptr_t row_temperature, double softcap, uintptr_t state, uintptr_t upstream,
+                       uintptr_t gradient, const Layout& gradient_layout, uintptr_t ref_gradient,
+                       const Layout& ref_gradient_layout, int threads, const std::string& isa) {
+  const irlfast::TokenKlInput input = parse_kl_input(logits, ref_logits, dtype, layout, ref_layout, vocab, kind, weight,
+                                                     temperature, row_temperature, softcap);
+  const irlfast::Isa selected = parse_isa(isa);
+  if (input.layout.rows() == 0) return;
+  const double* saved = pointer<const double>(state, "state");
+  const void* received = pointer<const void>(upstream, "upstream");
+  irlfast::TokenKlGradient results[2] = {
+      {reinterpret_cast<void*>(gradient), parse_layout(gradient_layout, "gradient")},
+      {reinterpret_cast<void*>(ref_gradient), parse_layout(ref_gradient_layout, "ref_gradient")}};
+  for (const irlfast::TokenKlGradient& result : results) {
+    if (result.data != nullptr && result.layout.rows() != input.layout.rows()) {
+      throw std::invalid_argument("a gradient has " + std::to_string(result.layout.rows()) + " rows, the logits " +
+                                  std::to_string(input.layout.rows()));
+    }
+  }
+  py::gil_scoped_release release;
+  irlfast::token_kl_backward(input, saved, received, results[0], results[1], threads, selected);
+}
+
 int64_t first_invalid_label(uintptr_t labels, int64_t count, int64_t vocab, int64_t ignore_index) {
   if (count <= 0) return -1;
   return irlfast::first_invalid_label(pointer<const int64_t>(labels, "labels"), count, vocab, ignore_index);
@@ -285,4 +351,21 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
         py::arg("grad_logprob"), py::arg("grad_entropy"), py::arg("grad_lse"), py::arg("gradient"),
         py::arg("gradient_dtype"), py::arg("gradient_stride"), py::arg("threads"), py::arg("isa"),
         "Write the gradient of a chunk of columns, whose row r is row row_numbers[r] of the logits (0: row r).");
+
+  py::dict divergences;
+  divergences["reverse"] = int(irlfast::Divergence::kReverse);
+  divergences["forward"] = int(irlfast::Divergence::kForward);
+  divergences["js"] = int(irlfast::Divergence::kJensenShannon);
+  m.attr("DIVERGENCES") = divergences;
+  m.def("token_kl_forward", &token_kl_forward, py::arg("logits"), py::arg("ref_logits"), py::arg("dtype"),
+        py::arg("layout"), py::arg("ref_layout"), py::arg("vocab"), py::arg("kind"), py::arg("weight"),
+        py::arg("temperature"), py::arg("row_temperature"), py::arg("softcap"), py::arg("kl"), py::arg("state"),
+        py::arg("threads"), py::arg("isa"), "Write the divergence of each row, and 6 doubles that its gradient needs.");
+  m.def(
+      "token_kl_backward", &token_kl_backward, py::arg("logits"), py::arg("ref_logits"), py::arg("dtype"),
+      py::arg("layout"), py::arg("ref_layout"), py::arg("vocab"), py::arg("kind"), py::arg("weight"),
+      py::arg("temperature"), py::arg("row_temperature"), py::arg("softcap"), py::arg("state"), py::arg("upstream"),
+      py::arg("gradient"), py::arg("gradient_layout"), py::arg("ref_gradient"), py::arg("ref_gradient_layout"),
+      py::arg("threads"), py::arg("isa"),
+      "Write the gradient of the logits, which may be the logits themselves, and of the reference (address 0: none).");
 }

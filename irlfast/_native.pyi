@@ -1,6 +1,7 @@
 from typing import Any
 
 CHUNK_PIECE: int
+DIVERGENCES: dict[str, int]
 DTYPES: dict[str, int]
 
 def build_info() -> dict[str, Any]: ...
@@ -97,6 +98,44 @@ def linear_token_stats_differentiate(
     gradient: int,
     gradient_dtype: int,
     gradient_stride: int,
+    threads: int,
+    isa: str,
+) -> None: ...
+def token_kl_forward(
+    logits: int,
+    ref_logits: int,
+    dtype: int,
+    layout: tuple[int, int, int, int],
+    ref_layout: tuple[int, int, int, int],
+    vocab: int,
+    kind: int,
+    weight: float,
+    temperature: float,
+    row_temperature: int,
+    softcap: float,
+    kl: int,
+    state: int,
+    threads: int,
+    isa: str,
+) -> None: ...
+def token_kl_backward(
+    logits: int,
+    ref_logits: int,
+    dtype: int,
+    layout: tuple[int, int, int, int],
+    ref_layout: tuple[int, int, int, int],
+    vocab: int,
+    kind: int,
+    weight: float,
+    temperature: float,
+    row_temperature: int,
+    softcap: float,
+    state: int,
+    upstream: int,
+    gradient: int,
+    gradient_layout: tuple[int, int, int, int],
+    ref_gradient: int,
+    ref_gradient_layout: tuple[int, int, int, int],
     threads: int,
     isa: str,
 ) -> None: ...

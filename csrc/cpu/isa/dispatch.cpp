@@ -1,4 +1,5 @@
 #include "irlfast/isa.h"
+#include "isa/pair_spans.h"
 #include "isa/softmax_spans.h"
 
 namespace irlfast {
@@ -67,6 +68,21 @@ const SoftmaxSpans& softmax_spans(Isa isa) {
 #endif
     default:
       return softmax_spans_baseline();
+  }
+}
+
+const PairSpans& pair_spans(Isa isa) {
+  switch (isa) {
+#ifdef IRLFAST_HAVE_AVX512
+    case Isa::kAvx512:
+      return pair_spans_avx512();
+#endif
+#ifdef IRLFAST_HAVE_AVX2
+    case Isa::kAvx2:
+      return pair_spans_avx2();
+#endif
+    default:
+      return pair_spans_baseline();
   }
 }
 

@@ -114,6 +114,45 @@ IRLFAST_VEC void exp2_limited(V (&t)[kVectors], V (&result)[kVectors]) {
   for (int u = 0; u < kVectors; ++u) result[u] = times_power_of_two<Real>(result[u], n[u]);
 }
 
+template <typename Real>
+struct Log;
+
+template <>
+struct Log<float> {
+  static constexpr int kTerms = 5;
+  static constexpr int32_t kSqrtHalf = 0x3f3504f3;
+  static constexpr float kSmallest = 0x1p-126f;
+  static constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
+};
+
+template <>
+struct Log<double> {
+  static constexpr int kTerms = 11;
+  static constexpr int64_t kSqrtHalf = 0x3fe6a09e667f3bcd;
+  static constexpr double kSmallest = 0x1p-1022;
+  static constexpr double kLn2High = 0x1.62e42fefa38p-1, kLn2Low = 0x1.ef35793c7673p-45;
+};
+
+// log(1 + h) for h >= -1, accurate for small h too; finite at -1, so that its product with 0 is 0. From
+// log m = 2 atanh(s) = 2 (s + s^3/3 + s^5/5 + ...), s = (m - 1) / (m + 1), m in [sqrt(1/2), sqrt(2)): |s| < 0.172.
+template <typename Real, typename V>
+IRLFAST_VEC V log1p_limited(V h) {
+  using L = Log<Real>;
+  const V one = broadcast<Real>(1);
+  const V rounded = one + h;
+  const V lost = h - (rounded - one);
+  const V sum = max(broadcast<Real>(L::kSmallest), rounded);
+  const auto power = (bits(sum) - L::kSqrtHalf) >> Exp2<Real>::kMantissaBits;
+  const V m = from_bits(bits(sum) - (power << Exp2<Real>::kMantissaBits));
+  const V n = __builtin_convertvector(power, V);
+  const V s = (m - one) / (m + one);
+  const V z = s * s;
+  V series = broadcast(Real(2) / Real(2 * L::kTerms + 1));
+  for (int k = L::kTerms - 1; k >= 1; --k) series = fma(series, z, broadcast(Real(2) / Real(2 * k + 1)));
+  const V tail = fma(s * z, series, fma(n, broadcast<Real>(L::kLn2Low), lost / sum));
+  return fma(n, broadcast<Real>(L::kLn2High), s + s + tail);
+}
+
 template <typename V>
 struct Tanh {
   V value;

@@ -1,0 +1,422 @@
+#include "isa/pair_spans.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "isa/running_softmax.h"
+#include "isa/span.h"
+
+namespace irlfast {
+namespace {
+
+// Vectors of each row worked on together.
+constexpr int kVectors = 2;
+
+// A finite stand-in for the infinities that differences of masked logits make, to be multiplied by a probability of 0.
+constexpr double kHuge = 1e18;
+
+// max() on purpose: where both logits are -inf their difference is NaN, of which it makes the stand-in.
+template <typename Real, typename V>
+IRLFAST_VEC V not_below(V difference) {
+  return max(difference, broadcast<Real>(-kHuge));
+}
+
+// Two online softmaxes, and the sums of OnlineDivergence.
+template <typename Real, bool kFull>
+class RunningDivergence {
+  using V = typename Traits<Real>::V;
+  using P = RunningSoftmax<Real, kVectors, kFull>;
+  using Q = RunningSoftmax<Real, kVectors, false>;
+
+ public:
+  static constexpr int kBlock = P::kBlock;
+
+  RunningDivergence(double inverse_temperature, const OnlineDivergence<double>& before)
+      : before_(before),
+        inverse_temperature_(inverse_temperature),
+        p_(inverse_temperature, before.p),
+        q_(inverse_temperature, before.q) {}
+
+  IRLFAST_VEC void add(const V (&l)[kVectors], const V (&r)[kVectors]) {
+    const bool p_rises = p_.exceeded_by(l);
+    const bool q_rises = q_.exceeded_by(r);
+    typename P::Rise p_rise;
+    typename Q::Rise q_rise;
+    if (__builtin_expect(p_rises | q_rises, 0)) {
+      const bool p_before = p_.has_maximum(), q_before = q_.has_maximum();
+      if (p_rises) p_rise = p_.raise(l);
+      if (q_rises) q_rise = q_.raise(r);
+      rescale(p_rise, q_rise, p_before, q_before);
+      accumulate<true>(l, r, p_rise, q_rise);
+    } else {
+      accumulate<false>(l, r, p_rise, q_rise);
+    }
+  }
+
+  // To be called every kAdditions blocks.
+  IRLFAST_VEC void move_up() {
+    p_.move_up();
+    q_.move_up();
+    for (int u = 0; u < kVectors; ++u) {
+      p_overs_[u] += p_over_[u];
+      p_over_[u] = V{};
+      if (kFull) q_overs_[u] += q_over_[u];
+      q_over_[u] = V{};
+    }
+  }
+
+  OnlineDivergence<double> result() {
+    move_up();
+    const OnlineSoftmax<double> p = p_.result(), q = q_.result();
+    // What the earlier argmaxes drifted by is in the new sums.
+    OnlineDivergence<double> s = before_;
+    online_divergence_rebase(s, before_.p.others, before_.q.others, p.max, q.max, inverse_temperature_);
+    const double q_over_p = kFull ? s.q_over_p + P::add_lanes(q_overs_) * inverse_temperature_ : before_.q_over_p;
+    return {p, q, s.p_over_q + P::add_lanes(p_overs_) * inverse_temperature_, q_over_p};
+  }
+
+ private:
+  template <bool kRisen>
+  IRLFAST_VEC void accumulate(const V (&l)[kVectors], const V (&r)[kVectors], const typename P::Rise& p_rise,
+                              const typename Q::Rise& q_rise) {
+    V difference[kVectors], t[2 * kVectors], e[2 * kVectors];
+    for (int u = 0; u < kVectors; ++u) {
+      const V a = p_.below_maximum(l[u]), b = q_.below_maximum(r[u]);
+      difference[u] = a - b;
+      t[u] = p_.exponent(a);
+      t[kVectors + u] = q_.exponent(b);
+    }
+    exp2_limited<Real>(t, e);
+    for (int u = 0; u < kVectors; ++u) {
+      p_over_[u] = fma(e[u], not_below<Real>(difference[u]), p_over_[u]);
+      if (kFull) q_over_[u] = fma(e[kVectors + u], not_below<Real>(-difference[u]), q_over_[u]);
+    }
+    if (kRisen) {
+      V others[kVectors];
+      if (p_rise.position >= 0) {
+        for (int u = 0; u < kVectors; ++u) others[u] = e[u];
+        P::strike(others, p_rise, 0);
+        for (int u = 0; u < kVectors; ++u) e[u] = others[u];
+      }
+      if (q_rise.position >= 0) {
+        for (int u = 0; u < kVectors; ++u) others[u] = e[kVectors + u];
+        Q::strike(others, q_rise, 0);
+        for (int u = 0; u < kVectors; ++u) e[kVectors + u] = others[u];
+      }
+    }
+    p_.add(e, t);
+    q_.add(e + kVectors, t + kVectors);
+  }
+
+  // As online_divergence_rebase has it, with the argmax's 1 beside the sums of the others.
+  IRLFAST_VEC void rescale(const typename P::Rise& p_rise, const typename Q::Rise& q_rise, bool p_before,
+                           bool q_before) {
+    const V drift = p_rise.shift - q_rise.shift;
+    const V p_drift = p_rise.factor == 0 ? V{} : drift, q_drift = q_rise.factor == 0 ? V{} : -drift;
+    const V p_argmax = p_before ? P::one_in_first_lane() : V{}, q_argmax = q_before ? P::one_in_first_lane() : V{};
+    for (int i = 0; i < kVectors; ++i) {
+      const V p_latest = i == 0 ? p_.latest(0) + p_argmax : p_.latest(i);
+      p_over_[i] = p_rise.factor * fma(p_drift, p_latest, p_over_[i]);
+      p_overs_[i] = p_rise.factor * fma(p_drift, p_.earlier(i), p_overs_[i]);
+      if (kFull) {
+        const V q_latest = i == 0 ? q_.latest(0) + q_argmax : q_.latest(i);
+        q_over_[i] = q_rise.factor * fma(q_drift, q_latest, q_over_[i]);
+        q_overs_[i] = q_rise.factor * fma(q_drift, q_.earlier(i), q_overs_[i]);
+      }
+    }
+    p_.rescale(p_rise);
+    q_.rescale(q_rise);
+  }
+
+  OnlineDivergence<double> before_;
+  double inverse_temperature_;
+  P p_;
+  Q q_;
+  // Before 1 / T. The latest blocks, and those before.
+  V p_over_[kVectors]{}, q_over_[kVectors]{};
+  V p_overs_[kVectors]{}, q_overs_[kVectors]{};
+};
+
+// add(l, r) for every block, move_up() every kAdditions blocks.
+template <typename T, bool kSoftcap, typename Running>
+IRLFAST_VEC void add_span(Running& running, const T* p, const T* q, int64_t count, double softcap) {
+  using Real = typename Compute<T>::Real;
+  constexpr int kBlock = kVectors * Traits<Real>::kLanes;
+  const Cap<Real, kSoftcap> cap(softcap);
+  typename Traits<Real>::V l[kVectors], r[kVectors];
+  int64_t i = 0;
+  while (i + kBlock <= count) {
+    const int64_t whole = (count - i) / kBlock;
+    const int64_t end = i + (whole < kAdditions ? whole : kAdditions) * kBlock;
+    for (; i < end; i += kBlock) {
+      load_block(p + i, cap, l);
+      load_block(q + i, cap, r);
+      running.add(l, r);
+    }
+    running.move_up();
+  }
+  if (i < count) {
+    load_rest(p + i, count - i, cap, l);
+    load_rest(q + i, count - i, cap, r);
+    running.add(l, r);
+  }
+}
+
+template <typename T, bool kSoftcap, bool kFull>
+OnlineDivergence<double> summarise_span(const T* p, const T* q, int64_t count, double inverse_temperature,
+                                        double softcap, const OnlineDivergence<double>& before) {
+  RunningDivergence<typename Compute<T>::Real, kFull> running(inverse_temperature, before);
+  add_span<T, kSoftcap>(running, p, q, count, softcap);
+  return running.result();
+}
+
+template <typename T>
+OnlineDivergence<double> summarise(const void* p_data, const void* q_data, int64_t count, double inverse_temperature,
+                                   double softcap, bool full, const OnlineDivergence<double>& before) {
+  const T* p = static_cast<const T*>(p_data);
+  const T* q = static_cast<const T*>(q_data);
+  if (softcap != 0) {
+    return full ? summarise_span<T, true, true>(p, q, count, inverse_temperature, softcap, before)
+                : summarise_span<T, true, false>(p, q, count, inverse_temperature, softcap, before);
+  }
+  return full ? summarise_span<T, false, true>(p, q, count, inverse_temperature, softcap, before)
+              : summarise_span<T, false, false>(p, q, count, inverse_temperature, softcap, before);
+}
+
+// log(p / M) = log(1 + (1 - w) g) and log(q / M) = log(1 - w g) with g = (p - q) / M. Errors of g, made where p and q
+// nearly agree, have no effect to first order: sum_v (w p_v (1 - w) - (1 - w) q_v w) error_v is small with p - q.
+template <typename Real>
+class Mixture {
+  using V = typename Traits<Real>::V;
+
+ public:
+  explicit Mixture(const PairParameters& parameters)
+      : p_max_(broadcast(Real(parameters.p_max))),
+        q_max_(broadcast(Real(parameters.q_max))),
+        scale_(Real(parameters.inverse_temperature * kLog2E)),
+        p_argmax_(broadcast(Real(parameters.p_argmax))),
+        q_argmax_(broadcast(Real(parameters.q_argmax))),
+        p_weight_(broadcast(Real(parameters.weight))),
+        q_weight_(broadcast(Real(1 - parameters.weight))) {}
+
+  // Probabilities of each token, and g.
+  template <int kCount>
+  IRLFAST_VEC void of(const V (&l)[kCount], const V (&r)[kCount], V (&p)[kCount], V (&q)[kCount],
+                      V (&g)[kCount]) const {
+    V t[2 * kCount], e[2 * kCount];
+    for (int u = 0; u < kCount; ++u) {
+      t[u] = (l[u] - p_max_) * scale_;
+      t[kCount + u] = (r[u] - q_max_) * scale_;
+    }
+    exp2_limited<Real>(t, e);
+    for (int u = 0; u < kCount; ++u) {
+      p[u] = e[u] * p_argmax_;
+      q[u] = e[kCount + u] * q_argmax_;
+      const V mixture = fma(p_weight_, p[u], q_weight_ * q[u]);
+      g[u] = (p[u] - q[u]) / max(broadcast<Real>(Log<Real>::kSmallest), mixture);
+    }
+  }
+
+  IRLFAST_VEC V log_p_over_mixture(V g) const { return log1p_limited<Real>(q_weight_ * g); }
+  IRLFAST_VEC V log_q_over_mixture(V g) const { return log1p_limited<Real>(-p_weight_ * g); }
+
+ private:
+  V p_max_, q_max_;
+  Real scale_;
+  V p_argmax_, q_argmax_, p_weight_, q_weight_;
+};
+
+template <typename Real>
+class RunningMixture {
+  using V = typename Traits<Real>::V;
+
+ public:
+  explicit RunningMixture(const PairParameters& parameters) : mixture_(parameters) {}
+
+  IRLFAST_VEC void add(const V (&l)[kVectors], const V (&r)[kVectors]) {
+    V p[kVectors], q[kVectors], g[kVectors];
+    mixture_.of(l, r, p, q, g);
+    for (int u = 0; u < kVectors; ++u) {
+      p_[u] = fma(p[u], mixture_.log_p_over_mixture(g[u]), p_[u]);
+      q_[u] = fma(q[u], mixture_.log_q_over_mixture(g[u]), q_[u]);
+    }
+  }
+
+  IRLFAST_VEC void move_up() {
+    for (int u = 0; u < kVectors; ++u) {
+      ps_[u] += p_[u];
+      qs_[u] += q_[u];
+      p_[u] = V{};
+      q_[u] = V{};
+    }
+  }
+
+  MixtureDivergence result() {
+    move_up();
+    using Sums = RunningSoftmax<Real, kVectors, false>;
+    return {Sums::add_lanes(ps_), Sums::add_lanes(qs_)};
+  }
+
+ private:
+  Mixture<Real> mixture_;
+  V p_[kVectors]{}, q_[kVectors]{}, ps_[kVectors]{}, qs_[kVectors]{};
+};
+
+template <typename T>
+MixtureDivergence mixture(const void* p, const void* q, int64_t count, const PairParameters& parameters) {
+  RunningMixture<typename Compute<T>::Real> running(parameters);
+  const T* l = static_cast<const T*>(p);
+  const T* r = static_cast<const T*>(q);
+  if (parameters.softcap != 0) {
+    add_span<T, true>(running, l, r, count, parameters.softcap);
+  } else {
+    add_span<T, false>(running, l, r, count, parameters.softcap);
+  }
+  return running.result();
+}
+
+template <typename T, bool kSoftcap, PairForm kForm>
+class PairGradient {
+  using Real = typename Compute<T>::Real;
+  using V = typename Traits<Real>::V;
+  static constexpr int kLanes = Traits<Real>::kLanes;
+  static constexpr bool kBoth = kForm == PairForm::kDifference || kForm == PairForm::kAll;
+
+ public:
+  explicit PairGradient(const PairParameters& g)
+      : cap_(g.softcap),
+        mixture_(g),
+        p_max_(broadcast(Real(g.p_max))),
+        q_max_(broadcast(Real(g.q_max))),
+        scale_(Real(g.inverse_temperature * kLog2E)),
+        constant_(broadcast(Real(g.constant))),
+        linear_(broadcast(Real(g.linear * kLn2))),
+        ratio_(broadcast(Real(g.ratio))),
+        other_(broadcast(Real(g.other))) {}
+
+  // The gradient of each logit of p, in its place.
+  template <int kCount>
+  IRLFAST_VEC void apply(V (&l)[kCount], V (&r)[kCount]) const {
+    V slope[kCount];
+    for (int u = 0; u < kCount; ++u) {
+      l[u] = cap_.value(l[u], slope[u]);
+      r[u] = cap_.value(r[u]);
+    }
+    if (kForm == PairForm::kJensenShannon) {
+      V p[kCount], q[kCount], g[kCount];
+      mixture_.of(l, r, p, q, g);
+      for (int u = 0; u < kCount; ++u) l[u] = p[u] * fma(ratio_, mixture_.log_p_over_mixture(g[u]), constant_);
+    } else {
+      constexpr int kExponents = kBoth ? 2 * kCount : kCount;
+      V t[kExponents], e[kExponents], factor[kCount];
+      for (int u = 0; u < kCount; ++u) {
+        const V a = l[u] - p_max_, b = r[u] - q_max_;
+        t[u] = a * scale_;
+        if (kBoth) t[kCount + u] = b * scale_;
+        factor[u] = a - b;
+      }
+      exp2_limited<Real>(t, e);
+      for (int u = 0; u < kCount; ++u) {
+        V difference = not_below<Real>(factor[u]);
+        // Beside another divergence's gradient, that of an infinite one is left out by ratio 0, not by leaving the row.
+        if (kForm == PairForm::kAll) difference = -not_below<Real>(-difference);
+        factor[u] = kForm == PairForm::kDifference ? constant_ : fma(ratio_, difference, constant_);
+        if (kForm == PairForm::kAll) factor[u] = fma(linear_, t[u], factor[u]);
+        l[u] = kBoth ? fma(e[u], factor[u], other_ * e[kExponents - kCount + u]) : e[u] * factor[u];
+      }
+    }
+    if (kSoftcap) {
+      for (int u = 0; u < kCount; ++u) l[u] *= slope[u];
+    }
+  }
+
+  template <typename Out>
+  void few(const T* p, const T* q, Out* gradient, int64_t count) const {
+    T buffer[kLanes] = {};
+    memcpy(buffer, p, size_t(count) * sizeof(T));
+    V l[1] = {load(buffer)};
+    memcpy(buffer, q, size_t(count) * sizeof(T));
+    V r[1] = {load(buffer)};
+    apply(l, r);
+    Out result[kLanes];
+    store(result, l[0]);
+    memcpy(gradient, result, size_t(count) * sizeof(Out));
+  }
+
+ private:
+  Cap<Real, kSoftcap> cap_;
+  Mixture<Real> mixture_;
+  V p_max_, q_max_;
+  Real scale_;
+  V constant_, linear_, ratio_, other_;
+};
+
+template <typename T, typename Out, bool kSoftcap, PairForm kForm, bool kStream>
+void differentiate_span(const T* p, const T* q, Out* gradient, int64_t count, const PairParameters& parameters) {
+  using Real = typename Compute<T>::Real;
+  constexpr int kLanes = Traits<Real>::kLanes;
+  const PairGradient<T, kSoftcap, kForm> gradient_of(parameters);
+
+  int64_t i = 0;
+  if (kStream) {
+    const int64_t head = unaligned_head<Out, kLanes>(gradient);
+    i = head < count ? head : count;
+    if (i > 0) gradient_of.few(p, q, gradient, i);
+  }
+  typename Traits<Real>::V l[kVectors], r[kVectors];
+  for (; i + kVectors * kLanes <= count; i += kVectors * kLanes) {
+    for (int u = 0; u < kVectors; ++u) {
+      l[u] = load(p + i + u * kLanes);
+      r[u] = load(q + i + u * kLanes);
+    }
+    gradient_of.apply(l, r);
+    for (int u = 0; u < kVectors; ++u) put<kStream>(gradient + i + u * kLanes, l[u]);
+  }
+  for (; i < count; i += kLanes) {
+    gradient_of.few(p + i, q + i, gradient + i, count - i < kLanes ? count - i : kLanes);
+  }
+  if (kStream) stream_fence();
+}
+
+template <typename T, typename Out, PairForm kForm, bool kMayStream>
+void differentiate_form(const void* p_data, const void* q_data, void* result, int64_t count,
+                        const PairParameters& parameters) {
+  const T* p = static_cast<const T*>(p_data);
+  const T* q = static_cast<const T*>(q_data);
+  Out* gradient = static_cast<Out*>(result);
+  if (kMayStream && parameters.stream) {
+    parameters.softcap != 0 ? differentiate_span<T, Out, true, kForm, kMayStream>(p, q, gradient, count, parameters)
+                            : differentiate_span<T, Out, false, kForm, kMayStream>(p, q, gradient, count, parameters);
+  } else {
+    parameters.softcap != 0 ? differentiate_span<T, Out, true, kForm, false>(p, q, gradient, count, parameters)
+                            : differentiate_span<T, Out, false, kForm, false>(p, q, gradient, count, parameters);
+  }
+}
+
+template <typename T>
+void differentiate(const void* p, const void* q, void* gradient, int64_t count, const PairParameters& parameters) {
+  switch (parameters.form) {
+    case PairForm::kRatio:
+      return differentiate_form<T, T, PairForm::kRatio, true>(p, q, gradient, count, parameters);
+    case PairForm::kDifference:
+      return differentiate_form<T, T, PairForm::kDifference, true>(p, q, gradient, count, parameters);
+    case PairForm::kAll:
+      return differentiate_form<T, T, PairForm::kAll, false>(p, q, gradient, count, parameters);
+    case PairForm::kJensenShannon:
+      return differentiate_form<T, T, PairForm::kJensenShannon, false>(p, q, gradient, count, parameters);
+  }
+}
+
+}  // namespace
+
+const PairSpans& IRLFAST_JOIN(pair_spans_, IRLFAST_ISA)() {
+  static constexpr PairSpans spans{
+      {summarise<float>, summarise<double>, summarise<BFloat16>, summarise<Float16>},
+      {mixture<float>, mixture<double>, mixture<BFloat16>, mixture<Float16>},
+      {differentiate<float>, differentiate<double>, differentiate<BFloat16>, differentiate<Float16>},
+      differentiate_form<float, BFloat16, PairForm::kAll, false>,
+  };
+  return spans;
+}
+
+}  // namespace irlfast
