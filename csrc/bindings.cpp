@@ -184,15 +184,17 @@ irlfast::TokenStatsGradient parse_chunk_gradient(const irlfast::TokenStatsInput&
 
 void linear_token_stats_merge(uintptr_t logits, int dtype, int64_t stride, int64_t rows, int64_t first_column,
                               int64_t columns, uintptr_t labels, double temperature, uintptr_t row_temperature,
-                              double softcap, uintptr_t running, bool weighted, int threads, const std::string& isa) {
+                              double softcap, uintptr_t running, int64_t running_stride, bool weighted, int threads,
+                              const std::string& isa) {
   const irlfast::Isa selected = parse_isa(isa);
   if (rows == 0) return;
   const irlfast::TokenStatsInput input =
       parse_chunk(logits, dtype, stride, rows, first_column, columns, labels, temperature, row_temperature, softcap);
   double* state = pointer<double>(running, "running");
   py::gil_scoped_release release;
-  irlfast::linear_token_stats_merge(input, weighted, {state, state + rows, state + 2 * rows, state + 3 * rows}, threads,
-                                    selected);
+  irlfast::linear_token_stats_merge(
+      input, weighted, {state, state + running_stride, state + 2 * running_stride, state + 3 * running_stride}, threads,
+      selected);
 }
 
 void linear_token_stats_exponentials(uintptr_t logits, int dtype, int64_t stride, int64_t rows, int64_t first_column,
@@ -209,18 +211,21 @@ void linear_token_stats_exponentials(uintptr_t logits, int dtype, int64_t stride
   irlfast::linear_token_stats_exponentials(input, maxima, written, threads, selected);
 }
 
-void linear_token_stats_differentiate(uintptr_t logits, int dtype, int64_t stride, uintptr_t row_numbers, int64_t rows,
-                                      int64_t first_column, int64_t columns, uintptr_t labels, double temperature,
-                                      uintptr_t row_temperature, double softcap, uintptr_t state,
-                                      uintptr_t grad_logprob, uintptr_t grad_entropy, uintptr_t grad_lse,
-                                      uintptr_t gradient, int gradient_dtype, int64_t gradient_stride, int threads,
+void linear_token_stats_differentiate(uintptr_t logits, int dtype, int64_t stride, int64_t rows, int64_t first_column,
+                                      int64_t columns, uintptr_t labels, double temperature, uintptr_t row_temperature,
+                                      double softcap, uintptr_t row_numbers, uintptr_t state, uintptr_t grad_logprob,
+                                      uintptr_t grad_entropy, uintptr_t grad_lse, uintptr_t gradient,
+                                      int gradient_dtype, int64_t gradient_stride, int threads,
                                       const std::string& isa) {
   const irlfast::Isa selected = parse_isa(isa);
   if (rows == 0) return;
   irlfast::TokenStatsInput input =
       parse_chunk(logits, dtype, stride, rows, first_column, columns, labels, temperature, row_temperature, softcap);
-  input.row_numbers = reinterpret_cast<const int64_t*>(row_numbers);
-  input.numbered_rows = rows;
+  if (row_numbers != 0) {
+    input.row_numbers = reinterpret_cast<const int64_t*>(row_numbers);
+    input.numbered_rows = rows;
+    input.layout.inner = INT64_MAX;  // how many rows the numbers may refer to is not known here
+  }
   const irlfast::TokenStatsGradient written =
       parse_chunk_gradient(input, gradient, gradient_dtype, gradient_stride, rows);
   const void* saved = pointer<const void>(state, "state");
@@ -338,17 +343,18 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.attr("CHUNK_PIECE") = irlfast::kChunkPiece;
   m.def("linear_token_stats_merge", &linear_token_stats_merge, py::arg("logits"), py::arg("dtype"), py::arg("stride"),
         py::arg("rows"), py::arg("first_column"), py::arg("columns"), py::arg("labels"), py::arg("temperature"),
-        py::arg("row_temperature"), py::arg("softcap"), py::arg("running"), py::arg("weighted"), py::arg("threads"),
-        py::arg("isa"), "Add a chunk of columns to running statistics: max, others, weighted, label logit, doubles.");
+        py::arg("row_temperature"), py::arg("softcap"), py::arg("running"), py::arg("running_stride"),
+        py::arg("weighted"), py::arg("threads"), py::arg("isa"),
+        "Add a chunk of columns to running statistics: max, others, weighted, label logit, doubles.");
   m.def("linear_token_stats_exponentials", &linear_token_stats_exponentials, py::arg("logits"), py::arg("dtype"),
         py::arg("stride"), py::arg("rows"), py::arg("first_column"), py::arg("columns"), py::arg("labels"),
         py::arg("temperature"), py::arg("row_temperature"), py::arg("softcap"), py::arg("max"), py::arg("result"),
         py::arg("result_dtype"), py::arg("result_stride"), py::arg("threads"), py::arg("isa"),
         "Write exp((l - max) / T) dl/dlogit for a chunk of columns, 0 at the label.");
   m.def("linear_token_stats_differentiate", &linear_token_stats_differentiate, py::arg("logits"), py::arg("dtype"),
-        py::arg("stride"), py::arg("row_numbers"), py::arg("rows"), py::arg("first_column"), py::arg("columns"),
-        py::arg("labels"), py::arg("temperature"), py::arg("row_temperature"), py::arg("softcap"), py::arg("state"),
-        py::arg("grad_logprob"), py::arg("grad_entropy"), py::arg("grad_lse"), py::arg("gradient"),
+        py::arg("stride"), py::arg("rows"), py::arg("first_column"), py::arg("columns"), py::arg("labels"),
+        py::arg("temperature"), py::arg("row_temperature"), py::arg("softcap"), py::arg("row_numbers"),
+        py::arg("state"), py::arg("grad_logprob"), py::arg("grad_entropy"), py::arg("grad_lse"), py::arg("gradient"),
         py::arg("gradient_dtype"), py::arg("gradient_stride"), py::arg("threads"), py::arg("isa"),
         "Write the gradient of a chunk of columns, whose row r is row row_numbers[r] of the logits (0: row r).");
 
