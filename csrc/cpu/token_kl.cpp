@@ -187,8 +187,7 @@ class Backward {
     char* destination = static_cast<char*>(gradient.data) + (gradient.layout.offset(row) + begin) * bytes;
     const double upstream = upstream_.get(row);
     const MixtureDivergence divergence = state_.divergence(row);
-    const bool infinite = of_p && !pair_.mixed() && std::isinf(divergence.p);
-    if (upstream == 0.0 || infinite) {
+    if (upstream == 0.0 || (!pair_.mixed() && std::isinf(divergence.p))) {
       std::memset(destination, 0, size_t((end - begin) * bytes));
       return;
     }

@@ -5,6 +5,7 @@ from irlfast.ops.kl_estimate import kl_estimate
 from irlfast.ops.linear_token_loss import linear_token_loss
 from irlfast.ops.linear_token_stats import linear_token_stats, linear_token_stats_reference
 from irlfast.ops.sequence import sequence_logprobs
+from irlfast.ops.token_kl import token_kl, token_kl_reference
 from irlfast.ops.token_stats import TokenStats, token_logprobs, token_stats, token_stats_reference
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "linear_token_stats",
     "linear_token_stats_reference",
     "sequence_logprobs",
+    "token_kl",
+    "token_kl_reference",
     "token_logprobs",
     "token_stats",
     "token_stats_reference",

@@ -92,10 +92,7 @@ def backward_cpu(
     `gradient` may be the logits themselves; it has a row layout without overlap.
     """
     if gradient is None:
-        gradient = logits.new_empty(logits.shape)
-        nbytes = gradient.numel() * gradient.element_size()
-        if nbytes >= _HUGE_PAGES_FROM:
-            _native.advise_huge_pages(gradient.data_ptr(), nbytes)
+        gradient = new_gradient(logits)
     gradient_layout = row_layout(gradient)
     assert gradient_layout is not None
     vocab = logits.shape[-1]
@@ -124,6 +121,15 @@ def backward_cpu(
         torch.get_num_threads(),
         isa,
     )
+    return gradient
+
+
+def new_gradient(logits: Tensor) -> Tensor:
+    """A contiguous tensor like the logits, not yet written, on huge pages where it is large."""
+    gradient = logits.new_empty(logits.shape)
+    nbytes = gradient.numel() * gradient.element_size()
+    if nbytes >= _HUGE_PAGES_FROM:
+        _native.advise_huge_pages(gradient.data_ptr(), nbytes)
     return gradient
 
 

@@ -44,8 +44,7 @@ struct TokenKlGradient {
 };
 
 // upstream: one a row, in the statistics' type. The gradient of the logits may be the logits themselves and may overlap
-// neither input in any other way. A row with upstream gradient 0 gets zeros, and so does the side of an infinite
-// divergence from which it is not differentiable: p of KL(p || q), q of KL(q || p).
+// neither input in any other way. A row with upstream gradient 0 gets zeros, and so does one whose KL is infinite.
 void token_kl_backward(const TokenKlInput& input, const double* state, const void* upstream,
                        const TokenKlGradient& gradient, const TokenKlGradient& ref_gradient, int threads, Isa isa);
 
