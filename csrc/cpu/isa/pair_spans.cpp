@@ -79,14 +79,13 @@ class RunningDivergence {
   template <bool kRisen>
   IRLFAST_VEC void accumulate(const V (&l)[kVectors], const V (&r)[kVectors], const typename P::Rise& p_rise,
                               const typename Q::Rise& q_rise) {
-    V difference[kVectors], t[2 * kVectors], e[2 * kVectors];
+    V difference[kVectors], below[2 * kVectors], e[2 * kVectors];
     for (int u = 0; u < kVectors; ++u) {
-      const V a = p_.below_maximum(l[u]), b = q_.below_maximum(r[u]);
-      difference[u] = a - b;
-      t[u] = p_.exponent(a);
-      t[kVectors + u] = q_.exponent(b);
+      below[u] = p_.below_maximum(l[u]);
+      below[kVectors + u] = q_.below_maximum(r[u]);
+      difference[u] = below[u] - below[kVectors + u];
     }
-    exp2_limited<Real>(t, e);
+    exp_limited(below, p_.scale(), e);
     for (int u = 0; u < kVectors; ++u) {
       p_over_[u] = fma(e[u], not_below<Real>(difference[u]), p_over_[u]);
       if (kFull) q_over_[u] = fma(e[kVectors + u], not_below<Real>(-difference[u]), q_over_[u]);
@@ -104,8 +103,8 @@ class RunningDivergence {
         for (int u = 0; u < kVectors; ++u) e[kVectors + u] = others[u];
       }
     }
-    p_.add(e, t);
-    q_.add(e + kVectors, t + kVectors);
+    p_.add(e, below);
+    q_.add(e + kVectors, below + kVectors);
   }
 
   // As online_divergence_rebase has it, with the argmax's 1 beside the sums of the others.
@@ -193,7 +192,7 @@ class Mixture {
   explicit Mixture(const PairParameters& parameters)
       : p_max_(broadcast(Real(parameters.p_max))),
         q_max_(broadcast(Real(parameters.q_max))),
-        scale_(Real(parameters.inverse_temperature * kLog2E)),
+        scale_(parameters.inverse_temperature),
         p_argmax_(broadcast(Real(parameters.p_argmax))),
         q_argmax_(broadcast(Real(parameters.q_argmax))),
         p_weight_(broadcast(Real(parameters.weight))),
@@ -203,12 +202,12 @@ class Mixture {
   template <int kCount>
   IRLFAST_VEC void of(const V (&l)[kCount], const V (&r)[kCount], V (&p)[kCount], V (&q)[kCount],
                       V (&g)[kCount]) const {
-    V t[2 * kCount], e[2 * kCount];
+    V below[2 * kCount], e[2 * kCount];
     for (int u = 0; u < kCount; ++u) {
-      t[u] = (l[u] - p_max_) * scale_;
-      t[kCount + u] = (r[u] - q_max_) * scale_;
+      below[u] = l[u] - p_max_;
+      below[kCount + u] = r[u] - q_max_;
     }
-    exp2_limited<Real>(t, e);
+    exp_limited(below, scale_, e);
     for (int u = 0; u < kCount; ++u) {
       p[u] = e[u] * p_argmax_;
       q[u] = e[kCount + u] * q_argmax_;
@@ -222,7 +221,7 @@ class Mixture {
 
  private:
   V p_max_, q_max_;
-  Real scale_;
+  Scale<Real> scale_;
   V p_argmax_, q_argmax_, p_weight_, q_weight_;
 };
 
@@ -288,9 +287,9 @@ class PairGradient {
         mixture_(g),
         p_max_(broadcast(Real(g.p_max))),
         q_max_(broadcast(Real(g.q_max))),
-        scale_(Real(g.inverse_temperature * kLog2E)),
+        scale_(g.inverse_temperature),
         constant_(broadcast(Real(g.constant))),
-        linear_(broadcast(Real(g.linear * kLn2))),
+        linear_(broadcast(Real(g.linear * g.inverse_temperature))),
         ratio_(broadcast(Real(g.ratio))),
         other_(broadcast(Real(g.other))) {}
 
@@ -308,20 +307,20 @@ class PairGradient {
       for (int u = 0; u < kCount; ++u) l[u] = p[u] * fma(ratio_, mixture_.log_p_over_mixture(g[u]), constant_);
     } else {
       constexpr int kExponents = kBoth ? 2 * kCount : kCount;
-      V t[kExponents], e[kExponents], factor[kCount];
+      V below[kExponents], e[kExponents], factor[kCount];
       for (int u = 0; u < kCount; ++u) {
-        const V a = l[u] - p_max_, b = r[u] - q_max_;
-        t[u] = a * scale_;
-        if (kBoth) t[kCount + u] = b * scale_;
-        factor[u] = a - b;
+        const V b = r[u] - q_max_;
+        below[u] = l[u] - p_max_;
+        if (kBoth) below[kCount + u] = b;
+        factor[u] = below[u] - b;
       }
-      exp2_limited<Real>(t, e);
+      exp_limited(below, scale_, e);
       for (int u = 0; u < kCount; ++u) {
         V difference = not_below<Real>(factor[u]);
         // Beside another divergence's gradient, that of an infinite one is left out by ratio 0, not by leaving the row.
         if (kForm == PairForm::kAll) difference = -not_below<Real>(-difference);
         factor[u] = kForm == PairForm::kDifference ? constant_ : fma(ratio_, difference, constant_);
-        if (kForm == PairForm::kAll) factor[u] = fma(linear_, t[u], factor[u]);
+        if (kForm == PairForm::kAll) factor[u] = fma(linear_, below[u], factor[u]);
         l[u] = kBoth ? fma(e[u], factor[u], other_ * e[kExponents - kCount + u]) : e[u] * factor[u];
       }
     }
@@ -347,7 +346,7 @@ class PairGradient {
   Cap<Real, kSoftcap> cap_;
   Mixture<Real> mixture_;
   V p_max_, q_max_;
-  Real scale_;
+  Scale<Real> scale_;
   V constant_, linear_, ratio_, other_;
 };
 

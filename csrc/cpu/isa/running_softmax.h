@@ -23,14 +23,13 @@ class RunningSoftmax {
   RunningSoftmax(double inverse_temperature, const OnlineSoftmax<double>& before)
       : before_(before),
         inverse_temperature_(inverse_temperature),
-        scale_(Real(inverse_temperature * kLog2E)),
+        scale_(inverse_temperature),
         maximum_(broadcast(Real(before.max))),
         offset_(before.max == -INFINITY ? V{} : maximum_) {}
 
   // A new maximum, found at `position` of a block. `joins`: there was one before, which becomes one of the others.
   struct Rise {
-    V shift{};     // old maximum less the new one, before the temperature
-    V exponent{};  // log2 of the factor, limited so that its product with a factor of 0 is 0
+    V shift{};  // old maximum less the new one, before the temperature
     V factor = broadcast<Real>(1);
     bool joins = false;
     int position = -1;
@@ -54,20 +53,21 @@ class RunningSoftmax {
     if (before == -INFINITY) return rise;
     rise.joins = true;
     rise.shift = broadcast(before - highest);
-    V exponent[1] = {rise.shift * scale_}, factor[1];
-    exp2_limited<Real>(exponent, factor);
-    rise.exponent = exponent[0];
+    V limited[1] = {rise.shift}, factor[1];
+    exp_limited<Real>(limited, scale_, factor);
     rise.factor = factor[0];
     return rise;
   }
 
   IRLFAST_VEC void rescale(const Rise& rise) {
     if (!rise.joins) return;
+    // So that 0 times a shift is 0 even where the shift times a sum would overflow.
+    const V shift = rise.factor == 0 ? V{} : rise.shift;
     sum_[0] += one_in_first_lane();
     for (int i = 0; i < kVectors; ++i) {
       if (kWeighted) {
-        weighted_[i] = rise.factor * fma(rise.exponent, sum_[i], weighted_[i]);
-        weighteds_[i] = rise.factor * fma(rise.exponent, sums_[i], weighteds_[i]);
+        weighted_[i] = rise.factor * fma(shift, sum_[i], weighted_[i]);
+        weighteds_[i] = rise.factor * fma(shift, sums_[i], weighteds_[i]);
       }
       sum_[i] *= rise.factor;
       sums_[i] *= rise.factor;
@@ -83,14 +83,13 @@ class RunningSoftmax {
   }
 
   IRLFAST_VEC V below_maximum(V logit) const { return logit - offset_; }
-  // Times log2(e) / T: exponents of two.
-  IRLFAST_VEC V exponent(V below) const { return below * scale_; }
+  const Scale<Real>& scale() const { return scale_; }
 
-  // e[u] = 2^t[u].
-  IRLFAST_VEC void add(const V* e, const V* t) {
+  // e[u] = exp(below[u] / T).
+  IRLFAST_VEC void add(const V* e, const V* below) {
     for (int u = 0; u < kVectors; ++u) sum_[u] += e[u];
     if (kWeighted) {
-      for (int u = 0; u < kVectors; ++u) weighted_[u] = fma(e[u], t[u], weighted_[u]);
+      for (int u = 0; u < kVectors; ++u) weighted_[u] = fma(e[u], below[u], weighted_[u]);
     }
   }
 
@@ -130,7 +129,7 @@ class RunningSoftmax {
   OnlineSoftmax<double> result() {
     move_up();
     OnlineSoftmax<double> state{double(maximum_[0]), add_lanes(sums_), 0.0};
-    if (kWeighted) state.weighted = add_lanes(weighteds_) * kLn2;
+    if (kWeighted) state.weighted = add_lanes(weighteds_) * inverse_temperature_;
     if (before_.max != -INFINITY) {
       const double shift = (before_.max - state.max) * inverse_temperature_;
       const double factor = shift == 0 ? 1.0 : ::exp(shift);
@@ -161,10 +160,10 @@ class RunningSoftmax {
 
   OnlineSoftmax<double> before_;
   double inverse_temperature_;
-  Real scale_;
+  Scale<Real> scale_;
   V maximum_;  // -inf until something finite is met
   V offset_;   // the maximum, or 0 while there is none: -inf less -inf would be NaN
-  // Sums of 2^t, and of 2^t t: those of the latest blocks, and those before.
+  // Sums of exponentials, and of them times what is below the maximum: those of the latest blocks, and those before.
   V sum_[kVectors]{}, weighted_[kVectors]{};
   V sums_[kVectors]{}, weighteds_[kVectors]{};
 };

@@ -19,10 +19,10 @@ IRLFAST_VEC void add_block(Running& running, V (&logit)[kUnroll]) {
     running.rescale(rise);
     running.strike(logit, rise, -INFINITY);
   }
-  V t[kUnroll], e[kUnroll];
-  for (int u = 0; u < kUnroll; ++u) t[u] = running.exponent(running.below_maximum(logit[u]));
-  exp2_limited<decltype(+logit[0][0])>(t, e);
-  running.add(e, t);
+  V e[kUnroll];
+  for (int u = 0; u < kUnroll; ++u) logit[u] = running.below_maximum(logit[u]);
+  exp_limited(logit, running.scale(), e);
+  running.add(e, logit);
 }
 
 template <typename T, bool kSoftcap, bool kWeighted>
@@ -73,17 +73,17 @@ class Gradient {
   explicit Gradient(const SoftmaxGradient& g)
       : cap_(g.softcap),
         max_(broadcast(Real(g.max))),
-        scale_(Real(g.inverse_temperature * kLog2E)),
+        scale_(g.inverse_temperature),
         constant_(broadcast(Real(g.constant))),
-        linear_(broadcast(Real(g.linear * kLn2))) {}
+        linear_(broadcast(Real(g.linear * g.inverse_temperature))) {}
 
   // The gradient of each logit, in place.
   template <int kVectors>
   inline __attribute__((always_inline)) void apply(V (&x)[kVectors]) const {
-    V slope[kVectors], t[kVectors], e[kVectors];
-    for (int u = 0; u < kVectors; ++u) t[u] = (cap_.value(x[u], slope[u]) - max_) * scale_;
-    exp2_limited<Real>(t, e);
-    for (int u = 0; u < kVectors; ++u) x[u] = e[u] * fma(linear_, t[u], constant_);
+    V slope[kVectors], e[kVectors];
+    for (int u = 0; u < kVectors; ++u) x[u] = cap_.value(x[u], slope[u]) - max_;
+    exp_limited(x, scale_, e);
+    for (int u = 0; u < kVectors; ++u) x[u] = e[u] * fma(linear_, x[u], constant_);
     if (kSoftcap) {
       for (int u = 0; u < kVectors; ++u) x[u] *= slope[u];
     }
@@ -104,7 +104,7 @@ class Gradient {
  private:
   Cap<Real, kSoftcap> cap_;
   V max_;
-  Real scale_;
+  Scale<Real> scale_;
   V constant_, linear_;
 };
 
