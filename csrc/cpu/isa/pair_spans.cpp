@@ -43,10 +43,16 @@ class RunningDivergence {
     typename P::Rise p_rise;
     typename Q::Rise q_rise;
     if (__builtin_expect(p_rises | q_rises, 0)) {
-      const bool p_before = p_.has_maximum(), q_before = q_.has_maximum();
+      // As online_divergence_rebase has it.
+      const auto p_mass = p_.mass();
+      const auto q_mass = q_.mass();
       if (p_rises) p_rise = p_.raise(l);
       if (q_rises) q_rise = q_.raise(r);
-      rescale(p_rise, q_rise, p_before, q_before);
+      const Real drift = p_rise.shift - q_rise.shift;
+      p_over_q_.move(p_mass, p_rise.effective(drift), p_rise.factor);
+      if (kFull) q_over_p_.move(q_mass, q_rise.effective(-drift), q_rise.factor);
+      p_.rescale(p_rise);
+      q_.rescale(q_rise);
       accumulate<true>(l, r, p_rise, q_rise);
     } else {
       accumulate<false>(l, r, p_rise, q_rise);
@@ -57,22 +63,17 @@ class RunningDivergence {
   IRLFAST_VEC void move_up() {
     p_.move_up();
     q_.move_up();
-    for (int u = 0; u < kVectors; ++u) {
-      p_overs_[u] += p_over_[u];
-      p_over_[u] = V{};
-      if (kFull) q_overs_[u] += q_over_[u];
-      q_over_[u] = V{};
-    }
+    p_over_q_.move_up();
+    if (kFull) q_over_p_.move_up();
   }
 
   OnlineDivergence<double> result() {
-    move_up();
     const OnlineSoftmax<double> p = p_.result(), q = q_.result();
     // What the earlier argmaxes drifted by is in the new sums.
     OnlineDivergence<double> s = before_;
     online_divergence_rebase(s, before_.p.others, before_.q.others, p.max, q.max, inverse_temperature_);
-    const double q_over_p = kFull ? s.q_over_p + P::add_lanes(q_overs_) * inverse_temperature_ : before_.q_over_p;
-    return {p, q, s.p_over_q + P::add_lanes(p_overs_) * inverse_temperature_, q_over_p};
+    const double q_over_p = kFull ? s.q_over_p + q_over_p_.total() * inverse_temperature_ : before_.q_over_p;
+    return {p, q, s.p_over_q + p_over_q_.total() * inverse_temperature_, q_over_p};
   }
 
  private:
@@ -87,8 +88,10 @@ class RunningDivergence {
     }
     exp_limited(below, p_.scale(), e);
     for (int u = 0; u < kVectors; ++u) {
-      p_over_[u] = fma(e[u], not_below<Real>(difference[u]), p_over_[u]);
-      if (kFull) q_over_[u] = fma(e[kVectors + u], not_below<Real>(-difference[u]), q_over_[u]);
+      V& p_over_q = p_over_q_.latest[u];
+      V& q_over_p = q_over_p_.latest[u];
+      p_over_q = fma(e[u], not_below<Real>(difference[u]), p_over_q);
+      if (kFull) q_over_p = fma(e[kVectors + u], not_below<Real>(-difference[u]), q_over_p);
     }
     if (kRisen) {
       V others[kVectors];
@@ -107,33 +110,11 @@ class RunningDivergence {
     q_.add(e + kVectors, below + kVectors);
   }
 
-  // As online_divergence_rebase has it, with the argmax's 1 beside the sums of the others.
-  IRLFAST_VEC void rescale(const typename P::Rise& p_rise, const typename Q::Rise& q_rise, bool p_before,
-                           bool q_before) {
-    const V drift = p_rise.shift - q_rise.shift;
-    const V p_drift = p_rise.factor == 0 ? V{} : drift, q_drift = q_rise.factor == 0 ? V{} : -drift;
-    const V p_argmax = p_before ? P::one_in_first_lane() : V{}, q_argmax = q_before ? P::one_in_first_lane() : V{};
-    for (int i = 0; i < kVectors; ++i) {
-      const V p_latest = i == 0 ? p_.latest(0) + p_argmax : p_.latest(i);
-      p_over_[i] = p_rise.factor * fma(p_drift, p_latest, p_over_[i]);
-      p_overs_[i] = p_rise.factor * fma(p_drift, p_.earlier(i), p_overs_[i]);
-      if (kFull) {
-        const V q_latest = i == 0 ? q_.latest(0) + q_argmax : q_.latest(i);
-        q_over_[i] = q_rise.factor * fma(q_drift, q_latest, q_over_[i]);
-        q_overs_[i] = q_rise.factor * fma(q_drift, q_.earlier(i), q_overs_[i]);
-      }
-    }
-    p_.rescale(p_rise);
-    q_.rescale(q_rise);
-  }
-
   OnlineDivergence<double> before_;
   double inverse_temperature_;
   P p_;
   Q q_;
-  // Before 1 / T. The latest blocks, and those before.
-  V p_over_[kVectors]{}, q_over_[kVectors]{};
-  V p_overs_[kVectors]{}, q_overs_[kVectors]{};
+  typename P::Sum p_over_q_, q_over_p_;  // before 1 / T
 };
 
 // add(l, r) for every block, move_up() every kAdditions blocks.
@@ -236,29 +217,21 @@ class RunningMixture {
     V p[kVectors], q[kVectors], g[kVectors];
     mixture_.of(l, r, p, q, g);
     for (int u = 0; u < kVectors; ++u) {
-      p_[u] = fma(p[u], mixture_.log_p_over_mixture(g[u]), p_[u]);
-      q_[u] = fma(q[u], mixture_.log_q_over_mixture(g[u]), q_[u]);
+      p_.latest[u] = fma(p[u], mixture_.log_p_over_mixture(g[u]), p_.latest[u]);
+      q_.latest[u] = fma(q[u], mixture_.log_q_over_mixture(g[u]), q_.latest[u]);
     }
   }
 
   IRLFAST_VEC void move_up() {
-    for (int u = 0; u < kVectors; ++u) {
-      ps_[u] += p_[u];
-      qs_[u] += q_[u];
-      p_[u] = V{};
-      q_[u] = V{};
-    }
+    p_.move_up();
+    q_.move_up();
   }
 
-  MixtureDivergence result() {
-    move_up();
-    using Sums = RunningSoftmax<Real, kVectors, false>;
-    return {Sums::add_lanes(ps_), Sums::add_lanes(qs_)};
-  }
+  MixtureDivergence result() { return {p_.total(), q_.total()}; }
 
  private:
   Mixture<Real> mixture_;
-  V p_[kVectors]{}, q_[kVectors]{}, ps_[kVectors]{}, qs_[kVectors]{};
+  TwoLevelSum<Real, kVectors> p_, q_;
 };
 
 template <typename T>

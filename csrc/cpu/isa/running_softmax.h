@@ -10,6 +10,44 @@
 namespace irlfast {
 namespace {
 
+// A sum in two levels: a vector for each of the block's, and the total of what they held earlier in double.
+template <typename Real, int kVectors>
+struct TwoLevelSum {
+  using V = typename Traits<Real>::V;
+
+  V latest[kVectors]{};
+  VecD earlier{};
+
+  // To be called every kAdditions blocks.
+  IRLFAST_VEC void move_up() {
+    for (int u = 0; u < kVectors; ++u) {
+      earlier += fold_to_double(latest[u]);
+      latest[u] = V{};
+    }
+  }
+
+  // factor * (this + shift * mass): for sums of exponentials times distances from a maximum, when the maximum moves.
+  IRLFAST_VEC void move(const TwoLevelSum& mass, Real shift, Real factor) {
+    for (int u = 0; u < kVectors; ++u) {
+      latest[u] = broadcast(factor) * fma(broadcast(shift), mass.latest[u], latest[u]);
+    }
+    earlier = double(factor) * (earlier + double(shift) * mass.earlier);
+  }
+
+  IRLFAST_VEC void multiply(Real factor) {
+    for (int u = 0; u < kVectors; ++u) latest[u] *= broadcast(factor);
+    earlier *= double(factor);
+  }
+
+  // Lanes are added in a fixed order.
+  double total() {
+    move_up();
+    double sum = 0.0;
+    for (int lane = 0; lane < Traits<double>::kLanes; ++lane) sum += earlier[lane];
+    return sum;
+  }
+};
+
 template <typename Real, int kVectors, bool kWeighted>
 class RunningSoftmax {
   using V = typename Traits<Real>::V;
@@ -17,6 +55,7 @@ class RunningSoftmax {
   static constexpr int kLanes = Traits<Real>::kLanes;
 
  public:
+  using Sum = TwoLevelSum<Real, kVectors>;
   static constexpr int kBlock = kVectors * kLanes;
 
   // Goes on from a summary of earlier logits.
@@ -29,10 +68,13 @@ class RunningSoftmax {
 
   // A new maximum, found at `position` of a block. `joins`: there was one before, which becomes one of the others.
   struct Rise {
-    V shift{};  // old maximum less the new one, before the temperature
-    V factor = broadcast<Real>(1);
+    Real shift = 0;  // old maximum less the new one, before the temperature
+    Real factor = 1;
     bool joins = false;
     int position = -1;
+
+    // So that 0 times a shift is 0 even where the shift times a sum would overflow.
+    Real effective(Real of) const { return factor == 0 ? 0 : of; }
   };
 
   IRLFAST_VEC bool exceeded_by(const V (&logit)[kVectors]) const {
@@ -52,26 +94,18 @@ class RunningSoftmax {
     offset_ = maximum_;
     if (before == -INFINITY) return rise;
     rise.joins = true;
-    rise.shift = broadcast(before - highest);
-    V limited[1] = {rise.shift}, factor[1];
+    rise.shift = before - highest;
+    V limited[1] = {broadcast(rise.shift)}, factor[1];
     exp_limited<Real>(limited, scale_, factor);
-    rise.factor = factor[0];
+    rise.factor = factor[0][0];
     return rise;
   }
 
   IRLFAST_VEC void rescale(const Rise& rise) {
     if (!rise.joins) return;
-    // So that 0 times a shift is 0 even where the shift times a sum would overflow.
-    const V shift = rise.factor == 0 ? V{} : rise.shift;
-    sum_[0] += one_in_first_lane();
-    for (int i = 0; i < kVectors; ++i) {
-      if (kWeighted) {
-        weighted_[i] = rise.factor * fma(shift, sum_[i], weighted_[i]);
-        weighteds_[i] = rise.factor * fma(shift, sums_[i], weighteds_[i]);
-      }
-      sum_[i] *= rise.factor;
-      sums_[i] *= rise.factor;
-    }
+    sum_.latest[0] += one_in_first_lane();
+    if (kWeighted) weighted_.move(sum_, rise.effective(rise.shift), rise.factor);
+    sum_.multiply(rise.factor);
   }
 
   // The argmax is no summand: -inf for its logit, or 0 for its exponential.
@@ -87,49 +121,29 @@ class RunningSoftmax {
 
   // e[u] = exp(below[u] / T).
   IRLFAST_VEC void add(const V* e, const V* below) {
-    for (int u = 0; u < kVectors; ++u) sum_[u] += e[u];
+    for (int u = 0; u < kVectors; ++u) sum_.latest[u] += e[u];
     if (kWeighted) {
-      for (int u = 0; u < kVectors; ++u) weighted_[u] = fma(e[u], below[u], weighted_[u]);
+      for (int u = 0; u < kVectors; ++u) weighted_.latest[u] = fma(e[u], below[u], weighted_.latest[u]);
     }
   }
 
   // To be called every kAdditions blocks.
   IRLFAST_VEC void move_up() {
-    for (int u = 0; u < kVectors; ++u) {
-      sums_[u] += sum_[u];
-      sum_[u] = V{};
-      if (kWeighted) weighteds_[u] += weighted_[u];
-      weighted_[u] = V{};
-    }
+    sum_.move_up();
+    if (kWeighted) weighted_.move_up();
   }
 
-  // What the latest blocks, and those before, sum to in vector i; the argmax is not in them.
-  IRLFAST_VEC V latest(int i) const { return sum_[i]; }
-  IRLFAST_VEC V earlier(int i) const { return sums_[i]; }
-  bool has_maximum() const { return maximum_[0] != -INFINITY; }
-
-  static IRLFAST_VEC V one_in_first_lane() {
-    V one{};
-    one[0] = 1;
-    return one;
-  }
-
-  // Lanes are added in a fixed order, in double.
-  static double add_lanes(const V (&sums)[kVectors]) {
-    double total = 0.0;
-    for (int i = 0; i < kVectors; ++i) {
-      Real lanes[kLanes];
-      store(lanes, sums[i]);
-      for (int lane = 0; lane < kLanes; ++lane) total += double(lanes[lane]);
-    }
-    return total;
+  // Of all exponentials so far, the argmax's 1 included.
+  IRLFAST_VEC Sum mass() const {
+    Sum mass = sum_;
+    if (maximum_[0] != -INFINITY) mass.latest[0] += one_in_first_lane();
+    return mass;
   }
 
   // Where the maximum has risen, the one of before, exp(0) = 1, is in the sums already.
   OnlineSoftmax<double> result() {
-    move_up();
-    OnlineSoftmax<double> state{double(maximum_[0]), add_lanes(sums_), 0.0};
-    if (kWeighted) state.weighted = add_lanes(weighteds_) * inverse_temperature_;
+    OnlineSoftmax<double> state{double(maximum_[0]), sum_.total(), 0.0};
+    if (kWeighted) state.weighted = weighted_.total() * inverse_temperature_;
     if (before_.max != -INFINITY) {
       const double shift = (before_.max - state.max) * inverse_temperature_;
       const double factor = shift == 0 ? 1.0 : ::exp(shift);
@@ -142,6 +156,12 @@ class RunningSoftmax {
   }
 
  private:
+  static IRLFAST_VEC V one_in_first_lane() {
+    V one{};
+    one[0] = 1;
+    return one;
+  }
+
   // The highest element and its first place.
   static __attribute__((noinline, cold)) Real find_maximum(const V (&block)[kVectors], int& position) {
     Real highest = -INFINITY;
@@ -161,11 +181,9 @@ class RunningSoftmax {
   OnlineSoftmax<double> before_;
   double inverse_temperature_;
   Scale<Real> scale_;
-  V maximum_;  // -inf until something finite is met
-  V offset_;   // the maximum, or 0 while there is none: -inf less -inf would be NaN
-  // Sums of exponentials, and of them times what is below the maximum: those of the latest blocks, and those before.
-  V sum_[kVectors]{}, weighted_[kVectors]{};
-  V sums_[kVectors]{}, weighteds_[kVectors]{};
+  V maximum_;           // -inf until something finite is met
+  V offset_;            // the maximum, or 0 while there is none: -inf less -inf would be NaN
+  Sum sum_, weighted_;  // of exponentials, and of them times what is below the maximum
 };
 
 }  // namespace

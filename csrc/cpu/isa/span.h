@@ -13,9 +13,9 @@
 namespace irlfast {
 namespace {
 
-// After this many additions to it a partial sum moves into a second level: the rounding error of a sum grows with the
+// After this many additions to it a partial sum moves into one of doubles: the rounding error of a sum grows with the
 // number of its terms, and a row has thousands for each lane.
-constexpr int kAdditions = 64;
+constexpr int kAdditions = 32;
 
 // Logits as the statistics see them: after softcap, before the temperature.
 template <typename Real, bool kSoftcap>

@@ -121,6 +121,23 @@ IRLFAST_VEC bool any_greater(V a, V b) {
 }
 #endif
 
+// Lane i + lane i + half of them, in double. Of doubles: themselves.
+IRLFAST_VEC VecD fold_to_double(VecD x) {
+  return x;
+}
+IRLFAST_VEC VecD fold_to_double(VecF x) {
+#if defined(__AVX512F__)
+  return _mm512_cvtps_pd(_mm512_castps512_ps256(x)) + _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
+#elif defined(__AVX2__)
+  return _mm256_cvtps_pd(_mm256_castps256_ps128(x)) + _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+#else
+  VecD folded;
+  constexpr int kHalf = Traits<double>::kLanes;
+  for (int lane = 0; lane < kHalf; ++lane) folded[lane] = double(x[lane]) + double(x[lane + kHalf]);
+  return folded;
+#endif
+}
+
 // Lane numbers 0, 1, 2, ...
 template <typename Real>
 IRLFAST_VEC typename Traits<Real>::I lane_numbers() {
