@@ -19,6 +19,7 @@ rows' logits are summed, not the rows apart. Estimates from the sampled token al
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -115,9 +116,9 @@ def _backward_over_logits_fake(logits: Tensor, ref_logits: Tensor, *args: object
     return logits.new_empty(ref_logits.shape if args[-1] else (0,))
 
 
-def _backward_over_logits(logits: Tensor, ref_logits: Tensor, *arguments: Any) -> Tensor:
-    *rest, of_ref_logits = arguments
-    return backward_cpu(logits, ref_logits, *rest, True, of_ref_logits, gradient=logits)[1]
+def _backward_over_logits(logits: Tensor, *arguments: Any) -> Tensor:
+    run: Callable[..., tuple[Tensor, Tensor]] = backward_cpu
+    return run(logits, *arguments[:-1], True, arguments[-1], gradient=logits)[1]
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -135,15 +136,17 @@ def _backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None
     arguments = (ref_logits, row_temperature, *ctx.options, state, upstream)
     # With create_graph the registered op is called, whose own derivative says that there is none.
     direct = runs_undispatched(logits) and runs_undispatched(ref_logits) and not torch.is_grad_enabled()
+    over_logits: Callable[..., Tensor] = torch.ops.irlfast.token_kl_backward_
+    fresh: Callable[..., tuple[Tensor, Tensor]] = torch.ops.irlfast.token_kl_backward
+    if direct:
+        over_logits, fresh = _backward_over_logits, backward_cpu
     if ctx.inplace_backward and of_logits:
         gradient = logits.detach()
-        run = _backward_over_logits if direct else torch.ops.irlfast.token_kl_backward_
-        ref_gradient = run(gradient, *arguments, of_ref_logits)
+        ref_gradient = over_logits(gradient, *arguments, of_ref_logits)
         # The native code wrote behind autograd's back: whoever saved these logits must hear of it and not use them.
         torch.autograd.graph.increment_version(gradient)
     else:
-        run = backward_cpu if direct else torch.ops.irlfast.token_kl_backward
-        gradient, ref_gradient = run(logits, *arguments, of_logits, of_ref_logits)
+        gradient, ref_gradient = fresh(logits, *arguments, of_logits, of_ref_logits)
     return gradient if of_logits else None, ref_gradient if of_ref_logits else None, *(None,) * 6
 
 
@@ -190,15 +193,12 @@ def _run_native(
     if isinstance(temperature, Tensor):
         row_temperature = temperature.to(statistics_dtype(logits.dtype)).expand(logits.shape[:-1]).contiguous()
         temperature = 1.0
-    run = torch.ops.irlfast.token_kl
+    run: Callable[..., tuple[Tensor, Tensor]] = torch.ops.irlfast.token_kl
     if runs_undispatched(logits) and runs_undispatched(ref_logits):
         differentiable = (logits.requires_grad or ref_logits.requires_grad) and torch.is_grad_enabled()
         run = _TokenKl.apply if differentiable else forward_cpu
     code = _native.DIVERGENCES[kind]
-    kl: Tensor = run(
-        logits, ref_logits, row_temperature, temperature, softcap or 0.0, code, js_weight, inplace_backward
-    )[0]
-    return kl
+    return run(logits, ref_logits, row_temperature, temperature, softcap or 0.0, code, js_weight, inplace_backward)[0]
 
 
 def _run_reference(
