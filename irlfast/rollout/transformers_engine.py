@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from irlfast.causal_lm import takes
+
 from .base import Rollouts, SamplingParams, Sequences
-from .modules import device_of, eval_mode, load_weights, takes
+from .modules import device_of, eval_mode, load_weights
 from .sampling import sample_tokens
 from .trace import Trace
 
