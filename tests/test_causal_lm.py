@@ -249,6 +249,38 @@ def test_a_head_that_is_more_than_its_configuration_says_is_noticed(make_lm: Mak
     causal_lm_token_stats(model, ids, attention_mask=mask, path="logits")
 
 
+@pytest.mark.parametrize("kind", ["wrapped", "in place", "base in place"])
+def test_compiled_models_go_by_their_logits(make_lm: MakeLM, kind: str) -> None:
+    """Code compiled before the hook was there does not call it."""
+    model = build(make_lm, "llama")
+    ids, mask = batch()
+    want = causal_lm_token_stats(model, ids, attention_mask=mask).logprob
+    if kind == "wrapped":
+        compiled = torch.compile(model, backend="eager")
+    else:
+        compiled = model
+        (model if kind == "in place" else model.base_model).compile(backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(causal_lm_token_stats(compiled, ids, attention_mask=mask).logprob, want)
+    with pytest.raises(NoLinearHeadError, match="was compiled as a whole"):
+        causal_lm_token_stats(compiled, ids, attention_mask=mask, path="hidden")
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"
+)  # since transformers 5
+@pytest.mark.parametrize("path", ["hidden", "logits"])
+def test_activation_checkpointing_gives_the_same_gradients(make_lm: MakeLM, path: str) -> None:
+    model = build(make_lm, "llama").train()
+    ids, mask = batch()
+    want = gradients(model, causal_lm_token_stats(model, ids, attention_mask=mask))
+    model.gradient_checkpointing_enable()
+    got = gradients(model, causal_lm_token_stats(model, ids, attention_mask=mask, path=path))
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-5)
+
+
 def test_hooks_are_gone_even_where_the_model_fails(make_lm: MakeLM) -> None:
     model = build(make_lm, "llama")
     causal_lm_token_stats(model, batch()[0])

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from irlfast import ops
 from irlfast.data import load_demonstrations
 
 ROOT = Path(__file__).parents[1]
@@ -79,6 +80,19 @@ def test_the_recipes_for_a_loop_of_ones_own_run_and_train() -> None:
     assert float((after - names["before"])[trained].mean().detach()) > 0.1
     run(ppo, names, "recipes.md")
     assert abs(float(names["stats"]["ratio_mean"]) - 1) > 1e-4  # it has moved from where it sampled
+
+
+@pytest.mark.filterwarnings("ignore")  # other people's, of which TRL has several
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("labels_a_row", [(), (1,), (4,)])
+def test_token_logprobs_stands_in_for_trls_selective_log_softmax(dtype: torch.dtype, labels_a_row: tuple[int]) -> None:
+    theirs = pytest.importorskip("trl.trainer.utils", reason="compared where trl is installed").selective_log_softmax
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(2, 5, 1000)).to(dtype)
+    index = torch.randint(1000, (2, 5, *labels_a_row))
+    got, want = ops.token_logprobs(logits, index), theirs(logits, index)
+    assert got.shape == want.shape == index.shape
+    torch.testing.assert_close(got, want.float(), rtol=0, atol=1e-5 if dtype == torch.float32 else 4e-2)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -448,6 +449,23 @@ def test_a_few_steps_raise_the_reward(mode: str) -> None:
             loss.backward()
             optimizer.step()
     assert mean_worth() > before + 0.5
+
+
+def test_the_arguments_stand_in_the_order_that_callers_rely_on() -> None:
+    parameters = inspect.signature(compute_rl_loss).parameters.values()
+    assert [(p.name, p.default) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == [
+        ("model", inspect.Parameter.empty),
+        ("enc_input_ids", inspect.Parameter.empty),
+        ("prompt_len", inspect.Parameter.empty),
+        ("rewards", inspect.Parameter.empty),
+        ("mode", "reinforce"),
+        ("ref_model", None),
+        ("old_logprobs", None),
+        ("kl_coef", 0.1),
+        ("cliprange", 0.2),
+        ("ent_coef", 0.0),
+        ("normalize_adv", True),
+    ]
 
 
 @pytest.mark.parametrize(
