@@ -109,10 +109,11 @@ def causal_lm_token_stats(
             if path == "hidden":
                 raise
     labels = next_token_labels(input_ids, token_mask)
+    # On either path the last T positions count: virtual tokens of prompt tuning stand before them.
     if isinstance(temperature, Tensor) and temperature.dim() and temperature.shape[-1] > 1:
         temperature = temperature.roll(-1, dims=-1)
     if head is None:
-        logits = _logits(model(**inputs))
+        logits = _logits(model(**inputs))[:, -input_ids.shape[1] :]
         stats = ops.token_stats(logits, labels, temperature=temperature, ignore_index=IGNORE, impl=impl)
     else:
         stats = ops.linear_token_stats(
@@ -246,7 +247,7 @@ def _hidden_states(model: nn.Module, head: LinearHead, inputs: dict[str, Any]) -
     if not seen:
         raise NoLinearHeadError(f"{name} returned logits without a call of its base model: {_INSTEAD}")
     hidden: Tensor = seen[-1][0] if isinstance(seen[-1], tuple) else seen[-1].last_hidden_state
-    hidden = hidden[:, -inputs["input_ids"].shape[1] :]  # virtual tokens of prompt tuning stand before
+    hidden = hidden[:, -inputs["input_ids"].shape[1] :]
     if logits.shape[1] != 1:
         raise NoLinearHeadError(
             f"{name} returned logits of {logits.shape[1]} positions although logits_to_keep = 1: {_INSTEAD}"

@@ -201,6 +201,23 @@ def test_padding_on_either_side_changes_nothing(make_lm: MakeLM, family: str) ->
     assert (left[:4] == 0).all()
 
 
+@pytest.mark.filterwarnings("ignore")  # peft sets the position_ids aside and says so
+@pytest.mark.parametrize("path", ["hidden", "logits"])
+def test_virtual_tokens_of_prompt_tuning_are_not_scored(make_lm: MakeLM, path: str) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    inner = build(make_lm, "llama")
+    model = peft.get_peft_model(inner, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    ids, mask = batch()[0][2:], torch.ones(1, 9, dtype=torch.long)
+    got = causal_lm_token_stats(model, ids, attention_mask=mask, path=path).logprob
+    virtual = model.get_prompt(batch_size=1)
+    embeddings = torch.cat([virtual, inner.get_input_embeddings()(ids)], dim=1)
+    want = inner(inputs_embeds=embeddings).logits[:, 4:-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    torch.testing.assert_close(got[:, 1:], want, rtol=1e-5, atol=1e-5)
+    (slope,) = torch.autograd.grad(got.sum(), model.prompt_encoder["default"].embedding.weight)
+    assert float(slope.abs().max()) > 1e-3
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft calls it
 def test_lora_adapters_are_applied_and_trained(make_lm: MakeLM) -> None:
     peft = pytest.importorskip("peft")
