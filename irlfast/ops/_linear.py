@@ -88,7 +88,7 @@ class Epilogue(Protocol):
         *,
         row_numbers: Tensor | None,
     ) -> None:
-        """out [n, C] = the logits' gradient; its row r is row row_numbers[r] of the logits. state as `finish`, [4, n]."""
+        """out [n, C] = the gradient of the logits' rows row_numbers, or of all. state [4, n] as of `finish`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,5 +265,5 @@ def pull(
             if gradients.bias is not None:
                 column_sums = out.sum(dim=0, dtype=dtype)
                 gradients.bias[begin:end] = gradients.bias[begin:end] + column_sums if onto else column_sums
-        if gradients.weight is not None and several:
+        if gradients.weight is not None and weight_gradient is not None and several:
             gradients.weight[begin:end] = weight_gradient

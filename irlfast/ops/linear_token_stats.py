@@ -24,9 +24,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from irlfast import _native
 from irlfast.ops._dispatch import (
-    DTYPE_CODES,
     LIBRARY,
     Implementation,
     cpu_kernel_unavailable,
@@ -34,10 +32,11 @@ from irlfast.ops._dispatch import (
     select,
     statistics_dtype,
 )
-from irlfast.ops._linear import Epilogue, Gradients, Head, Rows, Upstream, finish, pull, sweep
-from irlfast.ops._linear_cpu import CpuEpilogue
+from irlfast.ops._linear_cpu import CpuEpilogue, check_values
+from irlfast.ops._linear_inputs import autocast, check_linear, split_temperature
+from irlfast.ops._linear_modes import Outputs, backward_chunked, forward_chunked, kept_shape
 from irlfast.ops._scaling import check_scaling
-from irlfast.ops._token_stats_cpu import check_row_temperature, raise_label
+from irlfast.ops._token_stats_cpu import check_row_temperature
 from irlfast.ops.token_stats import TokenStats, token_stats_reference
 
 Mode = Literal["auto", "recompute", "keep", "frozen"]
@@ -45,8 +44,6 @@ MODES: tuple[str, ...] = get_args(Mode)
 
 # Columns of the vocabulary worked on at a time: fewer make the products slower, more fall out of the caches.
 CHUNK = 2048
-
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def linear_token_stats_reference(
@@ -80,178 +77,9 @@ LIBRARY.define(
 )
 
 
-def forward_chunked(
-    epilogue: Epilogue,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
-    mode: str,
-    chunk: int,
-) -> Outputs:
-    head = Head(weight=weight, bias=bias, chunk=chunk)
-    rows = Rows(labels.contiguous(), row_temperature, temperature, softcap)
-    dtype = statistics_dtype(hidden.dtype)
-    count, depth = hidden.shape
-    labelled = _labelled(labels, ignore_index)
-    x = hidden
-    if labelled is not None:
-        x, rows = hidden[labelled], rows.take(labelled)
-    kept = expected = None
-    if mode == "keep":
-        kept = hidden.new_empty(_kept_shape(count, weight.shape[0], chunk), dtype=dtype)
-    elif mode == "frozen":
-        expected = hidden.new_empty((len(x), depth), dtype=dtype)
-    running = sweep(x, head, rows, epilogue, weighted=True, kept=kept, expected=expected)
-    finished = finish(running, rows, dtype)
-    logprob, entropy, lse, state = (_spread(t, labelled, count) for t in finished)
-    if kept is not None:
-        saved = kept
-    elif expected is not None:
-        saved = expected if labelled is None else _spread(expected.t(), labelled, count).t()
-    else:
-        saved = hidden.new_empty(0, dtype=dtype)
-    return logprob, entropy, lse, state, saved
-
-
-def backward_chunked(
-    epilogue: Epilogue,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
-    mode: str,
-    chunk: int,
-    state: Tensor,
-    saved: Tensor,
-    grad_logprob: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_lse: Tensor | None,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; [0] for those not needed."""
-    head = Head(weight=weight, bias=bias, chunk=chunk)
-    dtype = statistics_dtype(hidden.dtype)
-    count = len(hidden)
-    labelled = _labelled(labels, ignore_index)
-    # Places are row numbers of the input; row_numbers those among the labelled rows, whose logits are kept.
-    places = labelled
-    x, rows = hidden, Rows(labels.contiguous(), row_temperature, temperature, softcap)
-    upstream = Upstream(grad_logprob, grad_entropy, grad_lse)
-    if labelled is not None:
-        x, rows, state, upstream = hidden[labelled], rows.take(labelled), state[:, labelled], upstream.take(labelled)
-    kept_rows = len(x)
-    active = upstream.nonzero_rows()
-    if active is not None:
-        x, rows, state, upstream = x[active], rows.take(active), state[:, active], upstream.take(active)
-        places = active if places is None else places[active]
-
-    gradients = Gradients(
-        hidden.new_empty(x.shape, dtype=dtype) if needs[0] else None,
-        weight.new_empty(weight.shape) if needs[1] else None,
-        weight.new_empty(weight.shape[:1], dtype=dtype) if needs[2] else None,
-    )
-    if mode == "frozen":
-        expected = saved if places is None else saved[places]
-        of_hidden = _from_expected(x, head, rows, epilogue, state, upstream, expected)
-        gradients = gradients._replace(hidden=of_hidden)
-    elif len(x) == 0:
-        for gradient in gradients:
-            if gradient is not None:
-                gradient.zero_()
-    else:
-        pull(
-            x,
-            head,
-            rows,
-            epilogue,
-            state,
-            upstream,
-            gradients,
-            kept=saved if mode == "keep" else None,
-            kept_rows=kept_rows,
-            row_numbers=active if mode == "keep" else None,
-        )
-    nothing = hidden.new_empty(0)
-    of_hidden, of_weight, of_bias = gradients
-    if of_hidden is not None and places is not None:
-        of_hidden = hidden.new_zeros(hidden.shape).index_copy_(0, places, of_hidden.to(hidden.dtype))
-    return (
-        nothing if of_hidden is None else of_hidden.to(hidden.dtype),
-        nothing.clone() if of_weight is None else of_weight,
-        nothing.clone() if of_bias is None or bias is None else of_bias.to(bias.dtype),
-    )
-
-
-def _from_expected(
-    hidden: Tensor, head: Head, rows: Rows, epilogue: Epilogue, state: Tensor, upstream: Upstream, expected: Tensor
-) -> Tensor:
-    """dX (N, D) of a frozen head, from E (N, D)."""
-    maximum, others, _, label = state.double()
-    inverse_temperature = rows.inverse_temperature()
-    logprob = (label - maximum) * inverse_temperature - others.log1p()
-    zero = torch.zeros_like(logprob)
-    g = zero if upstream.logprob is None else upstream.logprob.double()
-    u = zero if upstream.lse is None else upstream.lse.double()
-    # 1 - p_y by expm1: for a confident token it is below float32's spacing at 1.
-    of_label = (u * logprob.exp() - g * logprob.expm1()) * rows.slope(label) * inverse_temperature
-    of_others = (u - g) * inverse_temperature
-    dtype = expected.dtype
-    result = expected * of_others.to(dtype)[:, None]
-    result.addcmul_(head.weight[rows.labels].to(dtype), of_label.to(dtype)[:, None])
-    if upstream.entropy is not None:
-        upstream = Upstream(None, upstream.entropy, None)
-        active = upstream.nonzero_rows()
-        which: Tensor | slice = slice(None) if active is None else active
-        part = hidden[which]
-        if len(part):
-            more = torch.empty_like(result[which])
-            pull(
-                part,
-                head,
-                rows.take(which),
-                epilogue,
-                state[:, which],
-                upstream.take(which),
-                Gradients(more, None, None),
-            )
-            result[which] += more
-    return result
-
-
-def _labelled(labels: Tensor, ignore_index: int) -> Tensor | None:
-    """Numbers of the rows that are not ignored, None where all are such."""
-    kept = labels != ignore_index
-    return None if bool(kept.all()) else kept.nonzero().squeeze(1)
-
-
-def _spread(values: Tensor, places: Tensor | None, count: int) -> Tensor:
-    """[..., n] at their places among `count`, zeros elsewhere."""
-    if places is None:
-        return values
-    return values.new_zeros((*values.shape[:-1], count)).index_copy_(-1, places, values)
-
-
-def _kept_shape(count: int, vocab: int, chunk: int) -> tuple[int, int]:
-    return -(-vocab // chunk), count * min(chunk, vocab)
-
-
 def _forward_cpu(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any) -> Outputs:
-    ignore_index, vocab = rest[3], weight.shape[0]
-    labels = labels.contiguous()
-    wrong = _native.first_invalid_label(labels.data_ptr(), labels.numel(), vocab, ignore_index) if len(labels) else -1
-    if wrong >= 0:
-        raise_label(labels, wrong, vocab, ignore_index)
-    if rest[0] is not None:
-        check_row_temperature(rest[0])
+    row_temperature, _, _, ignore_index, *_ = rest
+    check_values(labels, weight.shape[0], ignore_index, row_temperature)
     return forward_chunked(CpuEpilogue(), hidden, weight, bias, labels, *rest)
 
 
@@ -275,7 +103,7 @@ def _forward_fake(
     count, depth = hidden.shape
     saved: tuple[int, ...] = (0,)
     if mode == "keep":
-        saved = _kept_shape(count, weight.shape[0], chunk)
+        saved = kept_shape(count, weight.shape[0], chunk)
     elif mode == "frozen":
         saved = (count, depth)
     logprob, entropy, lse = (hidden.new_empty((count,), dtype=dtype) for _ in range(3))
@@ -337,10 +165,7 @@ def _run_native(
     chunk: int,
 ) -> TokenStats:
     shape = labels.shape
-    row_temperature = None
-    if isinstance(temperature, Tensor):
-        row_temperature = temperature.to(statistics_dtype(hidden.dtype)).expand(shape).reshape(-1).contiguous()
-        temperature = 1.0
+    temperature, row_temperature = split_temperature(temperature, shape, hidden.dtype)
     chunk = -(-chunk // CpuEpilogue.piece) * CpuEpilogue.piece
     mode = resolve_mode(mode, hidden, weight, bias, labels.numel(), memory_budget)
     run: Callable[..., Outputs] = torch.ops.irlfast.linear_token_stats
@@ -453,10 +278,13 @@ def linear_token_stats(
         ValueError: shapes, devices, temperature, softcap, mode, memory_budget or chunk.
         RuntimeError: an `impl` that is not available here.
     """
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    _check(hidden, weight, labels, bias, mode, memory_budget, chunk)
-    check_scaling("linear_token_stats", temperature, softcap, labels.shape)
-    result: TokenStats = select("linear_token_stats", IMPLEMENTATIONS, impl, hidden).run(
+    op = "linear_token_stats"
+    hidden, weight, bias = autocast(hidden, weight, bias)
+    check_linear(op, hidden, weight, labels, bias, memory_budget, chunk)
+    check_scaling(op, temperature, softcap, labels.shape)
+    if mode not in MODES:
+        raise ValueError(f"{op}: mode={mode!r} is unknown; expected one of {', '.join(map(repr, MODES))}")
+    result: TokenStats = select(op, IMPLEMENTATIONS, impl, hidden).run(
         hidden,
         weight,
         labels,
@@ -469,45 +297,3 @@ def linear_token_stats(
         chunk=chunk,
     )
     return result
-
-
-def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def _check(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, mode: str, memory_budget: int, chunk: int
-) -> None:
-    op = "linear_token_stats"
-    if hidden.dtype not in DTYPE_CODES:
-        raise TypeError(f"{op}: hidden is {hidden.dtype}, expected one of {', '.join(map(str, DTYPE_CODES))}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"{op}: labels are {labels.dtype}, expected integers; convert them with labels.long()")
-    if hidden.ndim == 0 or labels.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"{op}: labels have shape {tuple(labels.shape)}, expected {tuple(hidden.shape[:-1])} for hidden "
-            f"{tuple(hidden.shape)}"
-        )
-    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
-        raise ValueError(
-            f"{op}: weight has shape {tuple(weight.shape)}, expected [V, {hidden.shape[-1]}] for hidden "
-            f"{tuple(hidden.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},) for this weight")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != hidden.dtype:
-            raise TypeError(f"{op}: {name} is {tensor.dtype}, hidden {hidden.dtype}; convert one, or use autocast")
-    for name, tensor in (("weight", weight), ("bias", bias), ("labels", labels)):
-        if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, hidden on {hidden.device}; move one to the other")
-    if mode not in MODES:
-        raise ValueError(f"{op}: mode={mode!r} is unknown; expected one of {', '.join(map(repr, MODES))}")
-    if memory_budget < 0:
-        raise ValueError(f"{op}: memory_budget = {memory_budget} is negative; expected a number of bytes")
-    if chunk < 1:
-        raise ValueError(f"{op}: chunk = {chunk}; expected a positive number of columns")
