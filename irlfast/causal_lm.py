@@ -73,7 +73,7 @@ def causal_lm_token_stats(
         temperature: a positive number, or a tensor that broadcasts to [B, T].
         path: "hidden" computes no logits but at one position; "logits" takes what the model returns; "auto" takes
             "hidden" where `linear_head` finds the head, else "logits". A model in bfloat16 rounds its logits to 8 bits,
-            the hidden path need not, so the two agree to that rounding.
+            the hidden path does not, so the two agree to that rounding.
         impl: as in ops.token_stats and ops.linear_token_stats.
         memory_budget: as in ops.linear_token_stats: bytes of logits to keep for backward on the hidden path, where they
             fit; 0 keeps none and computes them again.
@@ -148,7 +148,8 @@ def linear_head(model: nn.Module) -> LinearHead:
     base = inner.base_model
     if base is inner:
         raise NoLinearHeadError(f"{name} has no base model apart from itself to take hidden states from: {_INSTEAD}")
-    if hasattr(model, "_orig_mod") or inner._compiled_call_impl is not None or base._compiled_call_impl is not None:
+    wrapped = hasattr(model, "_orig_mod") or hasattr(inner, "_orig_mod")
+    if wrapped or inner._compiled_call_impl is not None or base._compiled_call_impl is not None:
         raise NoLinearHeadError(
             f"{name} was compiled as a whole, and compiled code may pass over the hook that takes the hidden states: "
             f"compile its layers one by one, or {_INSTEAD}"
@@ -158,9 +159,11 @@ def linear_head(model: nn.Module) -> LinearHead:
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or "forward" in vars(head):
         kind = f"{type(head).__module__}.{type(head).__qualname__}"
         raise NoLinearHeadError(f"the output head of {name} is a {kind}, not a plain torch.nn.Linear: {_INSTEAD}")
-    if type(head.weight.data) is not Tensor or not head.weight.is_floating_point():
-        kind = f"{type(head.weight.data).__name__} of {head.weight.dtype}"
-        raise NoLinearHeadError(f"the output weight of {name} is a {kind}, not a whole floating tensor: {_INSTEAD}")
+    weight = head.weight
+    whole = type(weight.data) is Tensor and weight.shape == (head.out_features, head.in_features)  # not sharded
+    if not whole or not weight.is_floating_point():
+        kind = f"{type(weight.data).__name__} of {weight.dtype} and shape {tuple(weight.shape)}"
+        raise NoLinearHeadError(f"the output weight of {name} is a {kind}, not a whole floating one: {_INSTEAD}")
     config = inner.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
     return LinearHead(base, head.weight, head.bias, _scale(inner, config), softcap or None)

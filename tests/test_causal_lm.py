@@ -381,6 +381,10 @@ def test_models_without_a_head_say_so(model: nn.Module, message: str) -> None:
             lambda m: setattr(m.lm_head, "forward", m.lm_head.forward),
             "is a torch.nn.modules.linear.Linear, not a plain",
         ),
+        (
+            lambda m: setattr(m.lm_head.weight, "data", torch.empty(0)),
+            r"float32 and shape \(0,\), not a whole",
+        ),  # sharded
         (lambda m: setattr(m.config, "is_encoder_decoder", True), "encoder-decoder"),
         (lambda m: setattr(m, "base_model_prefix", ""), "has no base model apart from itself"),
         (lambda m: setattr(m, "forward", lambda input_ids: None), "takes no logits_to_keep"),
