@@ -120,7 +120,7 @@ class Forward {
       reduce_rows(rows, vocab, threads, summarise, merge, keep);
       reduce_rows(rows, vocab, threads, mix, add, finish);
     } else {
-      parallel_for(rows, vocab, threads, [&](int64_t row) {
+      parallel_for(rows, task_grain(vocab), threads, [&](int64_t row) {
         keep(row, reduce_pieces(row, pieces, summarise, merge));
         finish(row, reduce_pieces(row, pieces, mix, add));
       });
