@@ -2,6 +2,11 @@
 
 from irlfast.ops.importance import ImportanceWeights, importance_weights
 from irlfast.ops.kl_estimate import kl_estimate
+from irlfast.ops.linear_policy_ref_stats import (
+    PolicyRefStats,
+    linear_policy_ref_stats,
+    linear_policy_ref_stats_reference,
+)
 from irlfast.ops.linear_token_loss import linear_token_loss
 from irlfast.ops.linear_token_stats import linear_token_stats, linear_token_stats_reference
 from irlfast.ops.sequence import sequence_logprobs
@@ -10,9 +15,12 @@ from irlfast.ops.token_stats import TokenStats, token_logprobs, token_stats, tok
 
 __all__ = [
     "ImportanceWeights",
+    "PolicyRefStats",
     "TokenStats",
     "importance_weights",
     "kl_estimate",
+    "linear_policy_ref_stats",
+    "linear_policy_ref_stats_reference",
     "linear_token_loss",
     "linear_token_stats",
     "linear_token_stats_reference",

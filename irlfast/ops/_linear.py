@@ -27,10 +27,12 @@ class Rows(NamedTuple):
     row_temperature: Tensor | None  # (N) in the statistics' type; replaces temperature
     temperature: float
     softcap: float  # 0 means none
+    ref_hidden: Tensor | None = None  # (N, D') of a reference model, where there is one
 
     def take(self, which: Tensor | slice) -> Rows:
         row_temperature = None if self.row_temperature is None else self.row_temperature[which]
-        return self._replace(labels=self.labels[which], row_temperature=row_temperature)
+        ref_hidden = None if self.ref_hidden is None else self.ref_hidden[which]
+        return self._replace(labels=self.labels[which], row_temperature=row_temperature, ref_hidden=ref_hidden)
 
     def inverse_temperature(self) -> Tensor | float:
         """1 / T, (N) float64 where there is one a row."""
@@ -47,6 +49,8 @@ class Upstream(NamedTuple):
     logprob: Tensor | None
     entropy: Tensor | None
     lse: Tensor | None
+    reverse_kl: Tensor | None = None  # of a reference model, as is the next
+    forward_kl: Tensor | None = None
 
     def take(self, which: Tensor | slice) -> Upstream:
         return Upstream(*(None if g is None else g[which] for g in self))
@@ -62,20 +66,8 @@ class Upstream(NamedTuple):
         return None if bool(some.all()) else some.nonzero().squeeze(1)
 
 
-class Epilogue(Protocol):
-    """A device's work on the logits [N, C] of columns first_column and on, adjacent in a row.
-
-    Attributes:
-        piece: chunks begin at multiples of this many columns. Sums run over whole pieces, whatever the chunks.
-    """
-
-    piece: int
-
-    def merge(self, logits: Tensor, first_column: int, rows: Rows, running: Tensor, *, weighted: bool) -> None:
-        """Adds the columns to running [4, N] float64: maximum, others, weighted (where asked), the label's logit."""
-
-    def exponentials(self, logits: Tensor, first_column: int, rows: Rows, maximum: Tensor, out: Tensor) -> None:
-        """out [N, C] = exp((l - maximum) / T) dl / dlogit; 0 at the label, and where the maximum [N] is -inf."""
+class Differentiates(Protocol):
+    """The part of an `Epilogue` that backward needs."""
 
     def differentiate(
         self,
@@ -89,6 +81,22 @@ class Epilogue(Protocol):
         row_numbers: Tensor | None,
     ) -> None:
         """out [n, C] = the gradient of the logits' rows row_numbers, or of all. state [4, n] as of `finish`."""
+
+
+class Epilogue(Differentiates, Protocol):
+    """A device's work on the logits [N, C] of columns first_column and on, adjacent in a row.
+
+    Attributes:
+        piece: chunks begin at multiples of this many columns. Sums run over whole pieces, whatever the chunks.
+    """
+
+    piece: int
+
+    def merge(self, logits: Tensor, first_column: int, rows: Rows, running: Tensor, *, weighted: bool) -> None:
+        """Adds the columns to running [4, N] float64: maximum, others, weighted (where asked), the label's logit."""
+
+    def exponentials(self, logits: Tensor, first_column: int, rows: Rows, maximum: Tensor, out: Tensor) -> None:
+        """out [N, C] = exp((l - maximum) / T) dl / dlogit; 0 at the label, and where the maximum [N] is -inf."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +221,7 @@ def pull(
     hidden: Tensor,  # (N, D)
     head: Head,
     rows: Rows,
-    epilogue: Epilogue,
+    epilogue: Differentiates,
     state: Tensor,  # (4, N)
     upstream: Upstream,
     gradients: Gradients,

@@ -40,11 +40,11 @@ def forward_chunked(
         expected = hidden.new_empty((len(x), depth), dtype=dtype)
     running = sweep(x, head, rows, epilogue, weighted=True, kept=kept, expected=expected)
     finished = finish(running, rows, dtype)
-    logprob, entropy, lse, state = (_spread(t, labelled, count) for t in finished)
+    logprob, entropy, lse, state = (spread(t, labelled, count) for t in finished)
     if kept is not None:
         saved = kept
     elif expected is not None:
-        saved = expected if labelled is None else _spread(expected.t(), labelled, count).t()
+        saved = expected if labelled is None else spread(expected.t(), labelled, count).t()
     else:
         saved = hidden.new_empty(0, dtype=dtype)
     return logprob, entropy, lse, state, saved
@@ -159,7 +159,7 @@ def labelled_rows(labels: Tensor, ignore_index: int) -> Tensor | None:
     return None if bool(kept.all()) else kept.nonzero().squeeze(1)
 
 
-def _spread(values: Tensor, places: Tensor | None, count: int) -> Tensor:
+def spread(values: Tensor, places: Tensor | None, count: int) -> Tensor:
     """[..., n] at their places among `count`, zeros elsewhere."""
     if places is None:
         return values
