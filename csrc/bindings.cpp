@@ -1,11 +1,11 @@
 // The Python module irlfast._native: the only file that includes pybind11.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <pybind11/typing.h>
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "irlfast/dtype.h"
@@ -75,12 +75,21 @@ irlfast::DType parse_dtype(int dtype) {
   return static_cast<irlfast::DType>(dtype);
 }
 
-// (outer, inner, outer_stride, inner_stride)
-using Layout = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+// (outer, inner, outer_stride, inner_stride), read item by item: converting it to a std::tuple takes as long as the
+// other arguments together.
+using Layout = py::typing::Tuple<int64_t, int64_t, int64_t, int64_t>;
 
 irlfast::RowLayout parse_layout(const Layout& layout, const char* name) {
+  if (layout.size() != 4) {
+    throw std::invalid_argument(std::string(name) + " has " + std::to_string(layout.size()) +
+                                " numbers; expected outer, inner, outer stride, inner stride");
+  }
   irlfast::RowLayout rows;
-  std::tie(rows.outer, rows.inner, rows.outer_stride, rows.inner_stride) = layout;
+  int64_t* const parts[] = {&rows.outer, &rows.inner, &rows.outer_stride, &rows.inner_stride};
+  for (int i = 0; i < 4; ++i) {
+    *parts[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(layout.ptr(), i));
+    if (*parts[i] == -1 && PyErr_Occurred()) throw py::error_already_set();
+  }
   if (rows.outer < 0 || rows.inner < 0) {
     throw std::invalid_argument(std::string(name) + " has a negative number of rows");
   }
@@ -125,8 +134,8 @@ void token_stats_forward(uintptr_t logits, int dtype, const Layout& layout, int6
   irlfast::TokenStatsOutput output;
   if (labels_per_row > 0) output.logprob = pointer<void>(logprob, "logprob");
   output.entropy = reinterpret_cast<void*>(entropy);
-  output.lse = pointer<void>(lse, "lse");
-  output.state = pointer<void>(state, "state");
+  output.lse = reinterpret_cast<void*>(lse);
+  output.state = reinterpret_cast<void*>(state);
   py::gil_scoped_release release;
   irlfast::token_stats_forward(input, output, threads, selected);
 }
@@ -186,7 +195,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
         py::arg("vocab"), py::arg("labels"), py::arg("labels_per_row"), py::arg("ignore_index"), py::arg("temperature"),
         py::arg("row_temperature"), py::arg("softcap"), py::arg("logprob"), py::arg("entropy"), py::arg("lse"),
         py::arg("state"), py::arg("threads"), py::arg("isa"),
-        "Write log-prob, entropy (address 0: not wanted), log-sum-exp and what the gradient needs.");
+        "Write log-prob, entropy, log-sum-exp and what the gradient needs (address 0: not wanted, but for log-prob).");
   m.def("token_stats_backward", &token_stats_backward, py::arg("logits"), py::arg("dtype"), py::arg("layout"),
         py::arg("vocab"), py::arg("labels"), py::arg("labels_per_row"), py::arg("ignore_index"), py::arg("temperature"),
         py::arg("row_temperature"), py::arg("softcap"), py::arg("state"), py::arg("grad_logprob"),

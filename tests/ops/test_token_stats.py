@@ -525,6 +525,10 @@ def test_native_code_refuses_null_and_nonsense() -> None:
         _native.token_stats_forward(*[arguments[0], 9, *arguments[2:]])
     with pytest.raises(ValueError, match="vocab = 0 is below 1"):
         _native.token_stats_forward(*[*arguments[:3], 0, *arguments[4:]])
+    with pytest.raises(ValueError, match="layout has 3 numbers; expected outer, inner"):
+        _native.token_stats_forward(*[*arguments[:2], (1, 2, 0), *arguments[3:]])
+    with pytest.raises(TypeError):
+        _native.token_stats_forward(*[*arguments[:2], (1, "2", 0, 5), *arguments[3:]])
 
 
 def test_second_derivative_is_refused() -> None:
@@ -560,6 +564,22 @@ def test_functional_transforms_take_the_reference() -> None:
     torch.testing.assert_close(torch.func.grad(entropy)(logits, "auto"), expected)
     with pytest.raises(RuntimeError, match=r"impl='cpu' is not available: a torch.func transform is active"):
         torch.func.grad(entropy)(logits, "cpu")
+
+
+def test_tensor_that_outlived_its_transform() -> None:
+    """It wraps the tensor that has the data."""
+    kept: list[Tensor] = []
+
+    def function(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x.sum()
+
+    logits, labels = torch.randn(3, 20), torch.tensor([1, 2, 3])
+    torch.func.grad(function)(logits)
+    expected = token_stats(logits, labels)
+    with torch.no_grad():
+        assert torch.equal(token_stats(kept[0], labels).entropy, expected.entropy)
+    assert torch.equal(token_stats(kept[0], labels).entropy, expected.entropy)
 
 
 def test_nothing_is_kept_without_grad() -> None:
