@@ -1,11 +1,11 @@
 // The Python module irlfast._native: the only file that includes pybind11.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <pybind11/typing.h>
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "irlfast/dtype.h"
@@ -75,21 +75,12 @@ irlfast::DType parse_dtype(int dtype) {
   return static_cast<irlfast::DType>(dtype);
 }
 
-// (outer, inner, outer_stride, inner_stride), read item by item: converting it to a std::tuple takes as long as the
-// other arguments together.
-using Layout = py::typing::Tuple<int64_t, int64_t, int64_t, int64_t>;
+// (outer, inner, outer_stride, inner_stride)
+using Layout = std::tuple<int64_t, int64_t, int64_t, int64_t>;
 
 irlfast::RowLayout parse_layout(const Layout& layout, const char* name) {
-  if (layout.size() != 4) {
-    throw std::invalid_argument(std::string(name) + " has " + std::to_string(layout.size()) +
-                                " numbers; expected outer, inner, outer stride, inner stride");
-  }
   irlfast::RowLayout rows;
-  int64_t* const parts[] = {&rows.outer, &rows.inner, &rows.outer_stride, &rows.inner_stride};
-  for (int i = 0; i < 4; ++i) {
-    *parts[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(layout.ptr(), i));
-    if (*parts[i] == -1 && PyErr_Occurred()) throw py::error_already_set();
-  }
+  std::tie(rows.outer, rows.inner, rows.outer_stride, rows.inner_stride) = layout;
   if (rows.outer < 0 || rows.inner < 0) {
     throw std::invalid_argument(std::string(name) + " has a negative number of rows");
   }

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 
 from irlfast.ops import _token_stats_op  # noqa: F401  defines the ops implemented below
 from irlfast.ops._dispatch import (
@@ -161,13 +162,20 @@ def _run_native(
         temperature = 1.0
     if labels.dtype != torch.int64:
         labels = labels.long()
-    others = (labels, row_temperature, temperature, softcap or 0.0, ignore_index, with_distribution)
+    softcap = softcap or 0.0
     if type(labels) is not Tensor or not runs_undispatched(logits):
-        return torch.ops.irlfast.token_stats(logits, *others, inplace_backward)[:3]
-    logits = torch._C._functorch.unwrap_if_dead(logits)  # one that outlived its torch.func transform has no address
+        return torch.ops.irlfast.token_stats(
+            logits, labels, row_temperature, temperature, softcap, ignore_index, with_distribution, inplace_backward
+        )[:3]
+    logits = unwrap_if_dead(logits)  # one that outlived its torch.func transform has no address
     if logits.requires_grad and torch.is_grad_enabled():
-        return _apply_token_stats(logits, (*others, inplace_backward))
-    return statistics_cpu(logits, *others, with_state=False)[:3]
+        return _apply_token_stats(
+            logits,
+            (labels, row_temperature, temperature, softcap, ignore_index, with_distribution, inplace_backward),
+        )
+    return statistics_cpu(
+        logits, labels, row_temperature, temperature, softcap, ignore_index, with_distribution, with_state=False
+    )[:3]
 
 
 def _run_reference(
