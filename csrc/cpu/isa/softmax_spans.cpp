@@ -55,37 +55,48 @@ class Accumulator {
   explicit Accumulator(double inverse_temperature)
       : scale_(Real(inverse_temperature * kLog2E)), maximum_(broadcast<Real>(-INFINITY)) {}
 
-  inline __attribute__((always_inline)) void add(V (&logit)[kUnroll]) {
-    V top = logit[0];
-    for (int u = 1; u < kUnroll; ++u) top = max(top, logit[u]);
-    if (__builtin_expect(any_greater(top, maximum_), 0)) raise_maximum(logit, top);
-    V t[kUnroll], e[kUnroll];
-    for (int u = 0; u < kUnroll; ++u) t[u] = (logit[u] - offset_) * scale_;
-    exp2_limited<Real>(t, e);
-    for (int u = 0; u < kUnroll; ++u) sum_[u] += e[u];
-    if (kWeighted) {
-      for (int u = 0; u < kUnroll; ++u) weighted_[u] = fma(e[u], t[u], weighted_[u]);
+  // Adds `count` blocks, at most kAdditions. Everything that changes in the loop is local, and what seldom happens
+  // (about log(blocks) times a row) is outside: otherwise the compiler stores the sums in every iteration.
+  template <typename T, typename C>
+  void add(const T* logits, int64_t count, const C& cap) {
+    const T* const end = logits + count * kBlock;
+    while (logits < end) {
+      Sums sums = recent_;
+      const V maximum = maximum_, offset = offset_;
+      V block[kUnroll], top{};
+      for (; logits < end; logits += kBlock) {
+        load_block(logits, block);
+        for (int u = 0; u < kUnroll; ++u) block[u] = cap.value(block[u]);
+        top = highest(block);
+        if (__builtin_expect(any_greater(top, maximum), 0)) break;
+        sums.add(block, offset, scale_);
+      }
+      recent_ = sums;
+      if (logits < end) {
+        add_raising(block);
+        logits += kBlock;
+      }
     }
+    move_up();
   }
 
-  // To be called every kAdditions blocks.
-  void move_up() {
-    for (int u = 0; u < kUnroll; ++u) {
-      sums_[u] += sum_[u];
-      sum_[u] = V{};
-      if (kWeighted) weighteds_[u] += weighted_[u];
-      weighted_[u] = V{};
+  // A last block, padded with -inf.
+  void add(const V (&block)[kUnroll]) {
+    if (any_greater(highest(block), maximum_)) {
+      add_raising(block);
+    } else {
+      recent_.add(block, offset_, scale_);
     }
+    move_up();
   }
 
   // Lanes are added in a fixed order, in double.
-  OnlineSoftmax<double> result() {
-    move_up();
+  OnlineSoftmax<double> result() const {
     OnlineSoftmax<double> state{double(maximum_[0]), 0.0, 0.0};
     for (int i = 0; i < kUnroll; ++i) {
       Real sum[kLanes], weighted[kLanes];
-      store(sum, sums_[i]);
-      store(weighted, weighteds_[i]);
+      store(sum, earlier_.plain[i]);
+      store(weighted, earlier_.weighted[i]);
       for (int lane = 0; lane < kLanes; ++lane) {
         state.others += double(sum[lane]);
         if (kWeighted) state.weighted += double(weighted[lane]);
@@ -96,48 +107,71 @@ class Accumulator {
   }
 
  private:
-  // Rare: about log(blocks) times a row. What was the argmax joins the others; the new one is struck from its block.
-  inline __attribute__((always_inline)) void raise_maximum(V (&logit)[kUnroll], V top) {
-    // By way of a copy: were the address of `logit` itself to leave this function, it would live in memory all along.
+  // Sums of 2^t, and of 2^t t.
+  struct Sums {
+    V plain[kUnroll]{}, weighted[kUnroll]{};
+
+    inline __attribute__((always_inline)) void add(const V (&logit)[kUnroll], V offset, Real scale) {
+      V t[kUnroll], e[kUnroll];
+      for (int u = 0; u < kUnroll; ++u) t[u] = (logit[u] - offset) * scale;
+      exp2_limited<Real>(t, e);
+      for (int u = 0; u < kUnroll; ++u) plain[u] += e[u];
+      if (kWeighted) {
+        for (int u = 0; u < kUnroll; ++u) weighted[u] = fma(e[u], t[u], weighted[u]);
+      }
+    }
+
+    // Takes them relative to a maximum that is 2^-shift times as high, 2^shift = factor.
+    void rescale(V shift, V factor) {
+      for (int u = 0; u < kUnroll; ++u) {
+        if (kWeighted) weighted[u] = factor * fma(shift, plain[u], weighted[u]);
+        plain[u] *= factor;
+      }
+    }
+  };
+
+  static V highest(const V (&block)[kUnroll]) {
+    V top = block[0];
+    for (int u = 1; u < kUnroll; ++u) top = max(top, block[u]);
+    return top;
+  }
+
+  // A block with a new maximum: what was the argmax joins the others, the new one is struck from its block.
+  __attribute__((noinline, cold)) void add_raising(const V (&logit)[kUnroll]) {
     V block[kUnroll];
     for (int u = 0; u < kUnroll; ++u) block[u] = logit[u];
     const Real before = maximum_[0];
-    const Real highest = strike_maximum(block, top);
-    for (int u = 0; u < kUnroll; ++u) logit[u] = block[u];
-    maximum_ = broadcast(highest);
+    const Real now = strike_maximum(block);
+    maximum_ = broadcast(now);
     offset_ = maximum_;
-    if (before == -INFINITY) return;
-    V shift[1] = {broadcast((before - highest) * scale_)};
-    V factor[1];
-    exp2_limited<Real>(shift, factor);
-    sum_[0] += one_in_first_lane();
-    for (int i = 0; i < kUnroll; ++i) {
-      if (kWeighted) {
-        weighted_[i] = factor[0] * fma(shift[0], sum_[i], weighted_[i]);
-        weighteds_[i] = factor[0] * fma(shift[0], sums_[i], weighteds_[i]);
-      }
-      sum_[i] *= factor[0];
-      sums_[i] *= factor[0];
+    if (before != -INFINITY) {
+      V shift[1] = {broadcast((before - now) * scale_)};
+      V factor[1];
+      exp2_limited<Real>(shift, factor);
+      recent_.plain[0] += one_in_first_lane();
+      recent_.rescale(shift[0], factor[0]);
+      earlier_.rescale(shift[0], factor[0]);
     }
+    recent_.add(block, offset_, scale_);
   }
 
-  // The highest element, whichever lane of `top` it is in; its first occurrence becomes -inf.
-  static __attribute__((noinline, cold)) Real strike_maximum(V (&block)[kUnroll], V top) {
+  // The highest element, whichever lane it is in; its first occurrence becomes -inf.
+  static Real strike_maximum(V (&block)[kUnroll]) {
     Real lanes[kLanes];
-    store(lanes, top);
-    Real highest = -INFINITY;
-    for (int lane = 0; lane < kLanes; ++lane) highest = lanes[lane] > highest ? lanes[lane] : highest;
+    store(lanes, highest(block));
+    Real top = -INFINITY;
+    for (int lane = 0; lane < kLanes; ++lane) top = lanes[lane] > top ? lanes[lane] : top;
     for (int u = 0; u < kUnroll; ++u) {
       store(lanes, block[u]);
       for (int lane = 0; lane < kLanes; ++lane) {
-        if (lanes[lane] == highest) {
+        if (lanes[lane] == top) {
           lanes[lane] = -INFINITY;
           block[u] = load(lanes);
-          return highest;
+          return top;
         }
       }
     }
-    return highest;
+    return top;
   }
 
   static V one_in_first_lane() {
@@ -146,41 +180,41 @@ class Accumulator {
     return one;
   }
 
+  void move_up() {
+    for (int u = 0; u < kUnroll; ++u) {
+      earlier_.plain[u] += recent_.plain[u];
+      if (kWeighted) earlier_.weighted[u] += recent_.weighted[u];
+    }
+    recent_ = Sums();
+  }
+
   Real scale_;
-  V maximum_;   // -inf until something finite is met
-  V offset_{};  // the maximum, or 0 while there is none: -inf less -inf would be NaN
-  // Sums of 2^t, and of 2^t t: those of the latest blocks, and those before.
-  V sum_[kUnroll]{}, weighted_[kUnroll]{};
-  V sums_[kUnroll]{}, weighteds_[kUnroll]{};
+  V maximum_;              // -inf until something finite is met
+  V offset_{};             // the maximum, or 0 while there is none: -inf less -inf would be NaN
+  Sums recent_, earlier_;  // the latest kAdditions blocks, and those before
 };
 
 template <typename T, bool kSoftcap, bool kWeighted>
 OnlineSoftmax<double> summarise_span(const T* logits, int64_t count, double inverse_temperature, double softcap) {
   using Real = typename Compute<T>::Real;
   using V = typename Traits<Real>::V;
-  constexpr int kLanes = Traits<Real>::kLanes;
   constexpr int kBlock = Accumulator<Real, kWeighted>::kBlock;
 
   const Cap<Real, kSoftcap> cap(softcap);
   Accumulator<Real, kWeighted> accumulator(inverse_temperature);
-  V block[kUnroll];
-  int64_t i = 0;
-  while (i + kBlock <= count) {
-    const int64_t whole = (count - i) / kBlock;
-    const int64_t end = i + (whole < kAdditions ? whole : kAdditions) * kBlock;
-    for (; i < end; i += kBlock) {
-      for (int u = 0; u < kUnroll; ++u) block[u] = cap.value(load(logits + i + u * kLanes));
-      accumulator.add(block);
-    }
-    accumulator.move_up();
+  const int64_t blocks = count / kBlock;
+  for (int64_t i = 0; i < blocks; i += kAdditions) {
+    accumulator.add(logits + i * kBlock, blocks - i < kAdditions ? blocks - i : kAdditions, cap);
   }
-  if (i < count) {
+  if (const int64_t left = count % kBlock) {
     T rest[kBlock] = {};
-    memcpy(rest, logits + i, size_t(count - i) * sizeof(T));
+    memcpy(rest, logits + blocks * kBlock, size_t(left) * sizeof(T));
+    V block[kUnroll];
+    load_block(rest, block);
     for (int u = 0; u < kUnroll; ++u) {
-      block[u] = cap.value(load(rest + u * kLanes));
-      const auto past = lane_numbers<Real>() >= decltype(+lane_numbers<Real>()[0])(count - i - u * kLanes);
-      block[u] = past ? broadcast<Real>(-INFINITY) : block[u];
+      const auto position = block_position<T>(u);
+      const auto past = position >= decltype(+position[0])(left);
+      block[u] = past ? broadcast<Real>(-INFINITY) : cap.value(block[u]);
     }
     accumulator.add(block);
   }
@@ -241,11 +275,6 @@ class Gradient {
   V constant_, linear_;
 };
 
-template <bool kStream, typename T, typename V>
-IRLFAST_VEC void put(T* destination, V value) {
-  kStream ? stream(destination, value) : store(destination, value);
-}
-
 template <typename T, bool kSoftcap, bool kStream>
 void differentiate_span(const T* logits, T* gradient, int64_t count, const SoftmaxGradient& parameters) {
   using Real = typename Compute<T>::Real;
@@ -254,19 +283,17 @@ void differentiate_span(const T* logits, T* gradient, int64_t count, const Softm
 
   int64_t i = 0;
   if (kStream) {
-    constexpr uintptr_t kBytes = kLanes * sizeof(T);
-    const uintptr_t past = reinterpret_cast<uintptr_t>(gradient) % kBytes;
-    if (past != 0) {
-      const int64_t head = int64_t((kBytes - past) / sizeof(T));
-      i = head < count ? head : count;
-      gradient_of.few(logits, gradient, i);
-    }
+    const uintptr_t past = reinterpret_cast<uintptr_t>(gradient) % kVectorBytes;
+    int64_t head = past == 0 ? 0 : int64_t((kVectorBytes - past) / sizeof(T));
+    head = head < count ? head : count;
+    for (; i < head; i += kLanes) gradient_of.few(logits + i, gradient + i, head - i < kLanes ? head - i : kLanes);
+    i = head;
   }
   typename Traits<Real>::V x[kUnroll];
   for (; i + kUnroll * kLanes <= count; i += kUnroll * kLanes) {
-    for (int u = 0; u < kUnroll; ++u) x[u] = load(logits + i + u * kLanes);
+    load_block(logits + i, x);
     gradient_of.apply(x);
-    for (int u = 0; u < kUnroll; ++u) put<kStream>(gradient + i + u * kLanes, x[u]);
+    store_block<kStream>(gradient + i, x);
   }
   for (; i < count; i += kLanes) gradient_of.few(logits + i, gradient + i, count - i < kLanes ? count - i : kLanes);
   if (kStream) stream_fence();
