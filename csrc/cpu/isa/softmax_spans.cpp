@@ -11,8 +11,10 @@
 namespace irlfast {
 namespace {
 
-// Vectors worked on together: enough to hide the latency of the polynomial, few enough to stay in registers.
-constexpr int kUnroll = kVectorBytes == 64 ? 2 : 4;
+// Vectors worked on together: enough to hide the latency of the polynomial, few enough to stay in registers, of which
+// the sums take some and SSE has no fused multiply-add's.
+constexpr int kUnroll = kVectorBytes == 16 ? 4 : 2;
+constexpr int kGradientUnroll = kVectorBytes == 64 ? 2 : 4;
 
 // After this many additions to it a partial sum moves into a second level: the rounding error of a sum grows with the
 // number of its terms, and a row has thousands for each lane.
@@ -289,8 +291,8 @@ void differentiate_span(const T* logits, T* gradient, int64_t count, const Softm
     for (; i < head; i += kLanes) gradient_of.few(logits + i, gradient + i, head - i < kLanes ? head - i : kLanes);
     i = head;
   }
-  typename Traits<Real>::V x[kUnroll];
-  for (; i + kUnroll * kLanes <= count; i += kUnroll * kLanes) {
+  typename Traits<Real>::V x[kGradientUnroll];
+  for (; i + kGradientUnroll * kLanes <= count; i += kGradientUnroll * kLanes) {
     load_block(logits + i, x);
     gradient_of.apply(x);
     store_block<kStream>(gradient + i, x);
