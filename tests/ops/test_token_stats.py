@@ -364,6 +364,25 @@ def test_masked_token_has_probability_and_gradient_exactly_zero(isa: str) -> Non
     torch.testing.assert_close(kept.lse[0], lse[0], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("vocab", [5, 4093, 40_000])
+def test_rows_masked_with_the_lowest_finite_number(vocab: int, isa: str, dtype: torch.dtype) -> None:
+    """Times log2(e) that number overflows; a whole row of it is uniform, a prefix of it counts for nothing."""
+    torch.manual_seed(25)
+    lowest = torch.finfo(dtype).min
+    logits = torch.randn(4, vocab).to(dtype)
+    logits[0] = lowest
+    logits[1, : vocab - 2] = lowest
+    logits[2] += torch.tensor(2.0**30, dtype=torch.float64).to(dtype)
+    logits[3] = torch.tensor(2.0**21).to(dtype) + torch.arange(vocab).to(dtype) % 2
+    labels = torch.tensor([1, vocab - 1, vocab - 2, 0])
+    *stats, _ = forward_cpu(logits, labels, None, 1.0, 0.0, -100, True, isa=isa)
+    exact = token_stats_reference(logits.double(), labels)
+    for ours, expected in zip(stats, exact, strict=True):
+        torch.testing.assert_close(ours, expected.to(ours.dtype), rtol=2e-7, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_16_bit_value_is_read_exactly(isa: str, dtype: torch.dtype) -> None:

@@ -45,8 +45,13 @@ class Cap {
   Real cap_, inverse_;
 };
 
-// Online softmax with one running maximum and kUnroll vectors of partial sums.
-template <typename Real, bool kWeighted>
+// Online softmax with one running maximum and kUnroll vectors of partial sums of 2^t.
+//
+// t = (logit - maximum) scale takes two operations a vector. Fused, it is one: logit scale - offset, where offset is
+// maximum scale rounded to Real. What the rounding took from it, `residual_`, is the t of the maximum itself and the
+// same for all logits, and is put right at the end; so large logits lose nothing. Only where the residual is more than
+// a fraction, as in a row that is masked with the lowest finite number throughout, must it be the two operations.
+template <typename Real, bool kWeighted, bool kFused>
 class Accumulator {
   using V = typename Traits<Real>::V;
   static constexpr int kLanes = Traits<Real>::kLanes;
@@ -78,6 +83,7 @@ class Accumulator {
         add_raising(block);
         logits += kBlock;
       }
+      if (too_large_) return;
     }
     move_up();
   }
@@ -92,6 +98,9 @@ class Accumulator {
     move_up();
   }
 
+  // Whether the sums are void, because the two operations were needed.
+  bool too_large() const { return too_large_; }
+
   // Lanes are added in a fixed order, in double.
   OnlineSoftmax<double> result() const {
     OnlineSoftmax<double> state{double(maximum_[0]), 0.0, 0.0};
@@ -104,7 +113,9 @@ class Accumulator {
         if (kWeighted) state.weighted += double(weighted[lane]);
       }
     }
-    state.weighted *= kLn2;
+    const double residual = double(residual_), factor = exp(-residual * kLn2);
+    if (kWeighted) state.weighted = (state.weighted - residual * state.others) * factor * kLn2;
+    state.others *= factor;
     return state;
   }
 
@@ -115,7 +126,9 @@ class Accumulator {
 
     inline __attribute__((always_inline)) void add(const V (&logit)[kUnroll], V offset, Real scale) {
       V t[kUnroll], e[kUnroll];
-      for (int u = 0; u < kUnroll; ++u) t[u] = (logit[u] - offset) * scale;
+      for (int u = 0; u < kUnroll; ++u) {
+        t[u] = kFused ? fma(logit[u], broadcast(scale), -offset) : (logit[u] - offset) * scale;
+      }
       exp2_limited<Real>(t, e);
       for (int u = 0; u < kUnroll; ++u) plain[u] += e[u];
       if (kWeighted) {
@@ -123,7 +136,7 @@ class Accumulator {
       }
     }
 
-    // Takes them relative to a maximum that is 2^-shift times as high, 2^shift = factor.
+    // Adds `shift` to every t; factor = 2^shift.
     void rescale(V shift, V factor) {
       for (int u = 0; u < kUnroll; ++u) {
         if (kWeighted) weighted[u] = factor * fma(shift, plain[u], weighted[u]);
@@ -142,17 +155,21 @@ class Accumulator {
   __attribute__((noinline, cold)) void add_raising(const V (&logit)[kUnroll]) {
     V block[kUnroll];
     for (int u = 0; u < kUnroll; ++u) block[u] = logit[u];
-    const Real before = maximum_[0];
-    const Real now = strike_maximum(block);
-    maximum_ = broadcast(now);
-    offset_ = maximum_;
-    if (before != -INFINITY) {
-      V shift[1] = {broadcast((before - now) * scale_)};
-      V factor[1];
-      exp2_limited<Real>(shift, factor);
-      recent_.plain[0] += one_in_first_lane();
-      recent_.rescale(shift[0], factor[0]);
-      earlier_.rescale(shift[0], factor[0]);
+    const V before = maximum_, offset_before = offset_;
+    maximum_ = broadcast(strike_maximum(block));
+    offset_ = kFused ? maximum_ * scale_ : maximum_;
+    if (before[0] != -INFINITY) {
+      V t[2] = {broadcast(residual_), kFused ? offset_before - offset_ : (before - maximum_) * scale_};
+      V e[2];
+      exp2_limited<Real>(t, e);
+      recent_.plain[0] += e[0] * one_in_first_lane();
+      if (kWeighted) recent_.weighted[0] += e[0] * t[0] * one_in_first_lane();
+      recent_.rescale(t[1], e[1]);
+      earlier_.rescale(t[1], e[1]);
+    }
+    if (kFused) {
+      residual_ = fma(maximum_, broadcast(scale_), -offset_)[0];
+      too_large_ |= !(fabs(residual_) <= 1);
     }
     recent_.add(block, offset_, scale_);
   }
@@ -191,21 +208,23 @@ class Accumulator {
   }
 
   Real scale_;
-  V maximum_;              // -inf until something finite is met
-  V offset_{};             // the maximum, or 0 while there is none: -inf less -inf would be NaN
+  V maximum_;   // -inf until something finite is met
+  V offset_{};  // the maximum (scaled if fused), or 0 while there is none: -inf less -inf would be NaN
+  Real residual_ = 0;
+  bool too_large_ = false;
   Sums recent_, earlier_;  // the latest kAdditions blocks, and those before
 };
 
-template <typename T, bool kSoftcap, bool kWeighted>
+template <typename T, bool kSoftcap, bool kWeighted, bool kFused = kHasFma>
 OnlineSoftmax<double> summarise_span(const T* logits, int64_t count, double inverse_temperature, double softcap) {
   using Real = typename Compute<T>::Real;
   using V = typename Traits<Real>::V;
-  constexpr int kBlock = Accumulator<Real, kWeighted>::kBlock;
+  constexpr int kBlock = Accumulator<Real, kWeighted, kFused>::kBlock;
 
   const Cap<Real, kSoftcap> cap(softcap);
-  Accumulator<Real, kWeighted> accumulator(inverse_temperature);
+  Accumulator<Real, kWeighted, kFused> accumulator(inverse_temperature);
   const int64_t blocks = count / kBlock;
-  for (int64_t i = 0; i < blocks; i += kAdditions) {
+  for (int64_t i = 0; i < blocks && !accumulator.too_large(); i += kAdditions) {
     accumulator.add(logits + i * kBlock, blocks - i < kAdditions ? blocks - i : kAdditions, cap);
   }
   if (const int64_t left = count % kBlock) {
@@ -219,6 +238,9 @@ OnlineSoftmax<double> summarise_span(const T* logits, int64_t count, double inve
       block[u] = past ? broadcast<Real>(-INFINITY) : cap.value(block[u]);
     }
     accumulator.add(block);
+  }
+  if (kFused && accumulator.too_large()) {
+    return summarise_span<T, kSoftcap, kWeighted, false>(logits, count, inverse_temperature, softcap);
   }
   return accumulator.result();
 }
