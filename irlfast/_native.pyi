@@ -1,9 +1,23 @@
 from typing import Any
 
+CHUNK_PIECE: int
 DTYPES: dict[str, int]
 
 def build_info() -> dict[str, Any]: ...
 def advise_huge_pages(data: int, bytes: int) -> None: ...
+def bf16_product_available() -> bool: ...
+def bf16_product(
+    a: int,
+    a_strides: tuple[int, int],
+    b: int,
+    b_strides: tuple[int, int],
+    out: int,
+    out_stride: int,
+    out_dtype: int,
+    shape: tuple[int, int, int],
+    accumulate: bool,
+    threads: int,
+) -> None: ...
 def first_invalid_label(labels: int, count: int, vocab: int, ignore_index: int) -> int: ...
 def token_stats_forward(
     logits: int,
@@ -40,6 +54,63 @@ def token_stats_backward(
     grad_lse: int,
     gradient: int,
     gradient_layout: tuple[int, int, int, int],
+    threads: int,
+    isa: str,
+) -> None: ...
+def linear_token_stats_merge(
+    logits: int,
+    dtype: int,
+    stride: int,
+    rows: int,
+    first_column: int,
+    columns: int,
+    labels: int,
+    temperature: float,
+    row_temperature: int,
+    softcap: float,
+    running: int,
+    running_stride: int,
+    weighted: bool,
+    threads: int,
+    isa: str,
+) -> None: ...
+def linear_token_stats_exponentials(
+    logits: int,
+    dtype: int,
+    stride: int,
+    rows: int,
+    first_column: int,
+    columns: int,
+    labels: int,
+    temperature: float,
+    row_temperature: int,
+    softcap: float,
+    max: int,
+    result: int,
+    result_dtype: int,
+    result_stride: int,
+    threads: int,
+    isa: str,
+) -> None: ...
+def linear_token_stats_differentiate(
+    logits: int,
+    dtype: int,
+    stride: int,
+    rows: int,
+    first_column: int,
+    columns: int,
+    labels: int,
+    temperature: float,
+    row_temperature: int,
+    softcap: float,
+    row_numbers: int,
+    state: int,
+    grad_logprob: int,
+    grad_entropy: int,
+    grad_lse: int,
+    gradient: int,
+    gradient_dtype: int,
+    gradient_stride: int,
     threads: int,
     isa: str,
 ) -> None: ...

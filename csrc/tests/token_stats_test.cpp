@@ -14,6 +14,7 @@
 #include "irlfast/huge_pages.h"
 #include "irlfast/isa.h"
 #include "irlfast/online_softmax.h"
+#include "tests.h"
 
 namespace {
 
@@ -198,8 +199,8 @@ void run(const Case& c, std::mt19937& random) {
   Buffer fresh(rows * c.vocab * bytes);
   void* gradient = c.inplace ? logits.as<void>() : fresh.as<void>();
   const irlfast::RowLayout& gradient_layout = c.inplace ? layout : packed;
-  irlfast::token_stats_backward(input, state.as<void>(), {g.as<void>(), h.as<void>(), u.as<void>()}, gradient,
-                                gradient_layout, c.threads, c.isa);
+  irlfast::token_stats_backward(input, state.as<void>(), {g.as<void>(), h.as<void>(), u.as<void>()},
+                                {gradient, c.dtype, gradient_layout}, c.threads, c.isa);
 
   const long double tolerance = wide ? 1e-13L : 2e-6L;
   const long double rounding = c.dtype == DType::kBFloat16 ? 0x1p-8L : c.dtype == DType::kFloat16 ? 0x1p-11L : 0;
@@ -311,6 +312,7 @@ int main() {
       if (dtype == 0) run({DType(dtype), isa, 1, rows, vocab, 0, 1, 0.0, false, false, false, 2}, random);
     }
   }
+  failures += bf16_product_failures(cases);
   std::printf("%d cases, %d failures\n", cases, failures);
   return failures == 0 ? 0 : 1;
 }

@@ -59,8 +59,13 @@ class Accumulator {
  public:
   static constexpr int kBlock = kUnroll * kLanes;
 
-  explicit Accumulator(double inverse_temperature)
-      : scale_(Real(inverse_temperature * kLog2E)), maximum_(broadcast<Real>(-INFINITY)) {}
+  Accumulator(double inverse_temperature, const OnlineSoftmax<double>& before)
+      : before_(before),
+        inverse_temperature_(inverse_temperature),
+        scale_(Real(inverse_temperature * kLog2E)),
+        maximum_(broadcast<Real>(-INFINITY)) {
+    if (before.max != -INFINITY) set_maximum(broadcast(Real(before.max)));
+  }
 
   // Adds `count` blocks, at most kAdditions. Everything that changes in the loop is local, and what seldom happens
   // (about log(blocks) times a row) is outside: otherwise the compiler stores the sums in every iteration.
@@ -101,7 +106,8 @@ class Accumulator {
   // Whether the sums are void, because the two operations were needed.
   bool too_large() const { return too_large_; }
 
-  // Lanes are added in a fixed order, in double.
+  // Lanes are added in a fixed order, in double. Where the maximum has risen, the one of before, exp(0) = 1, is in the
+  // sums already.
   OnlineSoftmax<double> result() const {
     OnlineSoftmax<double> state{double(maximum_[0]), 0.0, 0.0};
     for (int i = 0; i < kUnroll; ++i) {
@@ -113,9 +119,18 @@ class Accumulator {
         if (kWeighted) state.weighted += double(weighted[lane]);
       }
     }
-    const double residual = double(residual_), factor = exp(-residual * kLn2);
-    if (kWeighted) state.weighted = (state.weighted - residual * state.others) * factor * kLn2;
-    state.others *= factor;
+    const double residual = double(residual_), adjustment = ::exp(-residual * kLn2);
+    if (kWeighted) state.weighted = (state.weighted - residual * state.others) * adjustment * kLn2;
+    state.others *= adjustment;
+    if (before_.max != -INFINITY) {
+      const double shift = (before_.max - state.max) * inverse_temperature_;
+      const double factor = shift == 0 ? 1.0 : ::exp(shift);
+      state.others += factor * before_.others;
+      // Where the factor is 0, the product beside it may have overflowed.
+      if (kWeighted && factor != 0) state.weighted += factor * (before_.weighted + shift * before_.others);
+    } else {
+      state.others += before_.others;  // 0, or a NaN that must reach the result
+    }
     return state;
   }
 
@@ -155,21 +170,17 @@ class Accumulator {
   __attribute__((noinline, cold)) void add_raising(const V (&logit)[kUnroll]) {
     V block[kUnroll];
     for (int u = 0; u < kUnroll; ++u) block[u] = logit[u];
-    const V before = maximum_, offset_before = offset_;
-    maximum_ = broadcast(strike_maximum(block));
-    offset_ = kFused ? maximum_ * scale_ : maximum_;
-    if (before[0] != -INFINITY) {
-      V t[2] = {broadcast(residual_), kFused ? offset_before - offset_ : (before - maximum_) * scale_};
+    const V maximum_before = maximum_, offset_before = offset_;
+    const V joining = broadcast(residual_);
+    set_maximum(broadcast(strike_maximum(block)));
+    if (maximum_before[0] != -INFINITY) {
+      V t[2] = {joining, kFused ? offset_before - offset_ : (maximum_before - maximum_) * scale_};
       V e[2];
       exp2_limited<Real>(t, e);
       recent_.plain[0] += e[0] * one_in_first_lane();
       if (kWeighted) recent_.weighted[0] += e[0] * t[0] * one_in_first_lane();
       recent_.rescale(t[1], e[1]);
       earlier_.rescale(t[1], e[1]);
-    }
-    if (kFused) {
-      residual_ = fma(maximum_, broadcast(scale_), -offset_)[0];
-      too_large_ |= !(fabs(residual_) <= 1);
     }
     recent_.add(block, offset_, scale_);
   }
@@ -207,6 +218,17 @@ class Accumulator {
     recent_ = Sums();
   }
 
+  void set_maximum(V maximum) {
+    maximum_ = maximum;
+    offset_ = kFused ? maximum * scale_ : maximum;
+    if (kFused) {
+      residual_ = fma(maximum, broadcast(scale_), -offset_)[0];
+      too_large_ |= !(fabs(residual_) <= 1);
+    }
+  }
+
+  OnlineSoftmax<double> before_;
+  double inverse_temperature_;
   Real scale_;
   V maximum_;   // -inf until something finite is met
   V offset_{};  // the maximum (scaled if fused), or 0 while there is none: -inf less -inf would be NaN
@@ -216,13 +238,14 @@ class Accumulator {
 };
 
 template <typename T, bool kSoftcap, bool kWeighted, bool kFused = kHasFma>
-OnlineSoftmax<double> summarise_span(const T* logits, int64_t count, double inverse_temperature, double softcap) {
+OnlineSoftmax<double> summarise_span(const T* logits, int64_t count, double inverse_temperature, double softcap,
+                                     const OnlineSoftmax<double>& before) {
   using Real = typename Compute<T>::Real;
   using V = typename Traits<Real>::V;
   constexpr int kBlock = Accumulator<Real, kWeighted, kFused>::kBlock;
 
   const Cap<Real, kSoftcap> cap(softcap);
-  Accumulator<Real, kWeighted, kFused> accumulator(inverse_temperature);
+  Accumulator<Real, kWeighted, kFused> accumulator(inverse_temperature, before);
   const int64_t blocks = count / kBlock;
   for (int64_t i = 0; i < blocks && !accumulator.too_large(); i += kAdditions) {
     accumulator.add(logits + i * kBlock, blocks - i < kAdditions ? blocks - i : kAdditions, cap);
@@ -240,21 +263,21 @@ OnlineSoftmax<double> summarise_span(const T* logits, int64_t count, double inve
     accumulator.add(block);
   }
   if (kFused && accumulator.too_large()) {
-    return summarise_span<T, kSoftcap, kWeighted, false>(logits, count, inverse_temperature, softcap);
+    return summarise_span<T, kSoftcap, kWeighted, false>(logits, count, inverse_temperature, softcap, before);
   }
   return accumulator.result();
 }
 
 template <typename T>
 OnlineSoftmax<double> summarise(const void* data, int64_t count, double inverse_temperature, double softcap,
-                                bool weighted) {
+                                bool weighted, const OnlineSoftmax<double>& before) {
   const T* logits = static_cast<const T*>(data);
   if (softcap != 0) {
-    return weighted ? summarise_span<T, true, true>(logits, count, inverse_temperature, softcap)
-                    : summarise_span<T, true, false>(logits, count, inverse_temperature, softcap);
+    return weighted ? summarise_span<T, true, true>(logits, count, inverse_temperature, softcap, before)
+                    : summarise_span<T, true, false>(logits, count, inverse_temperature, softcap, before);
   }
-  return weighted ? summarise_span<T, false, true>(logits, count, inverse_temperature, softcap)
-                  : summarise_span<T, false, false>(logits, count, inverse_temperature, softcap);
+  return weighted ? summarise_span<T, false, true>(logits, count, inverse_temperature, softcap, before)
+                  : summarise_span<T, false, false>(logits, count, inverse_temperature, softcap, before);
 }
 
 template <typename T, bool kSoftcap>
@@ -282,14 +305,16 @@ class Gradient {
     }
   }
 
-  void few(const T* logits, T* gradient, int64_t count) const {
+  template <typename Out>
+  void few(const T* logits, Out* gradient, int64_t count) const {
     constexpr int kLanes = Traits<Real>::kLanes;
     T buffer[kLanes] = {};
     memcpy(buffer, logits, size_t(count) * sizeof(T));
     V x[1] = {load(buffer)};
     apply(x);
-    store(buffer, x[0]);
-    memcpy(gradient, buffer, size_t(count) * sizeof(T));
+    Out result[kLanes];
+    store(result, x[0]);
+    memcpy(gradient, result, size_t(count) * sizeof(Out));
   }
 
  private:
@@ -299,8 +324,8 @@ class Gradient {
   V constant_, linear_;
 };
 
-template <typename T, bool kSoftcap, bool kStream>
-void differentiate_span(const T* logits, T* gradient, int64_t count, const SoftmaxGradient& parameters) {
+template <typename T, typename Out, bool kSoftcap, bool kStream>
+void differentiate_span(const T* logits, Out* gradient, int64_t count, const SoftmaxGradient& parameters) {
   using Real = typename Compute<T>::Real;
   constexpr int kLanes = Traits<Real>::kLanes;
   const Gradient<T, kSoftcap> gradient_of(parameters);
@@ -308,7 +333,7 @@ void differentiate_span(const T* logits, T* gradient, int64_t count, const Softm
   int64_t i = 0;
   if (kStream) {
     const uintptr_t past = reinterpret_cast<uintptr_t>(gradient) % kVectorBytes;
-    int64_t head = past == 0 ? 0 : int64_t((kVectorBytes - past) / sizeof(T));
+    int64_t head = past == 0 ? 0 : int64_t((kVectorBytes - past) / sizeof(Out));
     head = head < count ? head : count;
     for (; i < head; i += kLanes) gradient_of.few(logits + i, gradient + i, head - i < kLanes ? head - i : kLanes);
     i = head;
@@ -317,22 +342,22 @@ void differentiate_span(const T* logits, T* gradient, int64_t count, const Softm
   for (; i + kGradientUnroll * kLanes <= count; i += kGradientUnroll * kLanes) {
     load_block(logits + i, x);
     gradient_of.apply(x);
-    store_block<kStream>(gradient + i, x);
+    store_block<kStream, T>(gradient + i, x);
   }
   for (; i < count; i += kLanes) gradient_of.few(logits + i, gradient + i, count - i < kLanes ? count - i : kLanes);
   if (kStream) stream_fence();
 }
 
-template <typename T>
+template <typename T, typename Out = T>
 void differentiate(const void* data, void* result, int64_t count, const SoftmaxGradient& parameters) {
   const T* logits = static_cast<const T*>(data);
-  T* gradient = static_cast<T*>(result);
+  Out* gradient = static_cast<Out*>(result);
   if (parameters.softcap != 0) {
-    parameters.stream ? differentiate_span<T, true, true>(logits, gradient, count, parameters)
-                      : differentiate_span<T, true, false>(logits, gradient, count, parameters);
+    parameters.stream ? differentiate_span<T, Out, true, true>(logits, gradient, count, parameters)
+                      : differentiate_span<T, Out, true, false>(logits, gradient, count, parameters);
   } else {
-    parameters.stream ? differentiate_span<T, false, true>(logits, gradient, count, parameters)
-                      : differentiate_span<T, false, false>(logits, gradient, count, parameters);
+    parameters.stream ? differentiate_span<T, Out, false, true>(logits, gradient, count, parameters)
+                      : differentiate_span<T, Out, false, false>(logits, gradient, count, parameters);
   }
 }
 
@@ -362,6 +387,7 @@ const SoftmaxSpans& IRLFAST_JOIN(softmax_spans_, IRLFAST_ISA)() {
   static constexpr SoftmaxSpans spans{
       {summarise<float>, summarise<double>, summarise<BFloat16>, summarise<Float16>},
       {differentiate<float>, differentiate<double>, differentiate<BFloat16>, differentiate<Float16>},
+      differentiate<float, BFloat16>,
       {element<float>, element<double>, element<BFloat16>, element<Float16>},
       {store_element<float>, store_element<double>, store_element<BFloat16>, store_element<Float16>},
   };

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -253,7 +254,14 @@ IRLFAST_VEC void load_block(const BFloat16* p, VecF (&x)[kVectors]) {
   }
 }
 
-// Two vectors as load_block reads them.
+IRLFAST_VEC IntF joined(HalfF first, HalfF second) {
+  const HalfF halves[2] = {first, second};
+  IntF both;
+  std::memcpy(&both, halves, sizeof both);
+  return both;
+}
+
+// Two vectors as load_block reads them from bfloat16.
 IRLFAST_VEC IntF to_bfloat16_pairs(VecF even, VecF odd) {
 #if defined(__AVX512BF16__)
   IntF order{};
@@ -295,24 +303,23 @@ IRLFAST_VEC void put_vector(void* p, V x) {
   }
 }
 
-// What load_block reads, written back. A streamed block starts at a multiple of kVectorBytes.
-template <bool kStream, typename Real, typename V, int kVectors>
+// A block that load_block has read from a T*, written. A streamed block starts at a multiple of kVectorBytes.
+template <bool kStream, typename T, typename Real, typename V, int kVectors>
 IRLFAST_VEC void store_block(Real* p, const V (&x)[kVectors]) {
   for (int u = 0; u < kVectors; ++u) put_vector<kStream>(p + u * Traits<Real>::kLanes, x[u]);
 }
-template <bool kStream, int kVectors>
+template <bool kStream, typename T, int kVectors>
 IRLFAST_VEC void store_block(BFloat16* p, const VecF (&x)[kVectors]) {
   for (int u = 0; u < kVectors; u += 2) {
-    put_vector<kStream>(p + u * Traits<float>::kLanes, to_bfloat16_pairs(x[u], x[u + 1]));
+    put_vector<kStream>(p + u * Traits<float>::kLanes, std::is_same<T, BFloat16>::value
+                                                           ? to_bfloat16_pairs(x[u], x[u + 1])
+                                                           : joined(to_bfloat16(x[u]), to_bfloat16(x[u + 1])));
   }
 }
-template <bool kStream, int kVectors>
+template <bool kStream, typename T, int kVectors>
 IRLFAST_VEC void store_block(Float16* p, const VecF (&x)[kVectors]) {
   for (int u = 0; u < kVectors; u += 2) {
-    HalfF halves[2] = {to_float16(x[u]), to_float16(x[u + 1])};
-    IntF both;
-    std::memcpy(&both, halves, sizeof both);
-    put_vector<kStream>(p + u * Traits<float>::kLanes, both);
+    put_vector<kStream>(p + u * Traits<float>::kLanes, joined(to_float16(x[u]), to_float16(x[u + 1])));
   }
 }
 
