@@ -6,8 +6,8 @@
 #if defined(__SANITIZE_THREAD__)
 extern "C" void __tsan_acquire(void* address);
 extern "C" void __tsan_release(void* address);
-// The compiler hands the loop's own variables to the team in a block that it fills after any line of ours and reads
-// before any other; the loop is not watched therefore, the tasks are.
+// The compiler hands the loop's own variables to the team in a block that it fills after the last line of ours before
+// the team, and reads before the first line in it. So the loop is not watched; the tasks are.
 #define IRLFAST_LOOP_OF_TASKS __attribute__((no_sanitize("thread")))
 #else
 #define IRLFAST_LOOP_OF_TASKS
@@ -16,32 +16,36 @@ extern "C" void __tsan_release(void* address);
 namespace irlfast {
 namespace {
 
-// What the threads of a team do between two handovers comes after the one and before the other. The runtime sees to
-// that; ThreadSanitizer cannot look into it and is told.
-inline void hand_over() {
+// A team begins after all that its caller did before, and ends before all that the caller does next. The runtime sees
+// to that; ThreadSanitizer cannot look into it and is told.
+struct Handover {
 #if defined(__SANITIZE_THREAD__)
-  static char team;
-  __tsan_release(&team);
-  __tsan_acquire(&team);
+  void give() { __tsan_release(this); }
+  void take() { __tsan_acquire(this); }
+#else
+  void give() {}
+  void take() {}
 #endif
-}
+};
 
 // Calls task(i) for i in [0, count), in any order; a thread takes `grain` at a time, and more than that is shared out.
 template <typename Task>
-IRLFAST_LOOP_OF_TASKS void share_out(int64_t count, int64_t grain, int threads, const Task& task) {
+IRLFAST_LOOP_OF_TASKS void parallel_for(int64_t count, int64_t grain, int threads, const Task& task) {
   if (threads <= 1 || count <= grain) {
     for (int64_t i = 0; i < count; ++i) task(i);
     return;
   }
-  hand_over();
+  // Not in the caller's frame, which the team may not look at before it has taken over.
+  static Handover begin, end;
+  begin.give();
 #pragma omp parallel num_threads(threads)
   {
-    hand_over();
+    begin.take();
 #pragma omp for schedule(dynamic, grain) nowait
     for (int64_t i = 0; i < count; ++i) task(i);
-    hand_over();
+    end.give();
   }
-  hand_over();
+  end.take();
 }
 
 }  // namespace

@@ -109,10 +109,9 @@ class Rows {
   Statistic row_temperature_;
 };
 
-// Calls task(i) for i in [0, count), in any order; each task stands for `cost` logits.
-template <typename Task>
-void parallel_for(int64_t count, int64_t cost, int threads, const Task& task) {
-  share_out(count, std::max<int64_t>(1, kSerial / std::max<int64_t>(1, cost)), threads, task);
+// How many tasks of `cost` logits each are worth a thread.
+inline int64_t task_grain(int64_t cost) {
+  return std::max<int64_t>(1, kSerial / std::max<int64_t>(1, cost));
 }
 
 }  // namespace
