@@ -11,6 +11,7 @@
 #include "irlfast/dtype.h"
 #include "irlfast/huge_pages.h"
 #include "irlfast/isa.h"
+#include "irlfast/linear_token_stats.h"
 #include "irlfast/token_stats.h"
 
 namespace py = pybind11;
@@ -152,7 +153,87 @@ void token_stats_backward(uintptr_t logits, int dtype, const Layout& layout, int
   upstream.entropy = reinterpret_cast<const void*>(grad_entropy);
   upstream.lse = reinterpret_cast<const void*>(grad_lse);
   py::gil_scoped_release release;
-  irlfast::token_stats_backward(input, saved, upstream, result, gradient_rows, threads, selected);
+  irlfast::token_stats_backward(input, saved, upstream, {result, input.dtype, gradient_rows}, threads, selected);
+}
+
+// The logits of some columns: `rows` rows, `stride` elements apart, one label each.
+irlfast::TokenStatsInput parse_chunk(uintptr_t logits, int dtype, int64_t stride, int64_t rows, int64_t first_column,
+                                     int64_t columns, uintptr_t labels, double temperature, uintptr_t row_temperature,
+                                     double softcap) {
+  if (first_column < 0 || first_column % irlfast::kChunkPiece != 0) {
+    throw std::invalid_argument("first_column = " + std::to_string(first_column) + " is no multiple of " +
+                                std::to_string(irlfast::kChunkPiece));
+  }
+  // No label is ignored here: whoever calls has left those rows out.
+  irlfast::TokenStatsInput input = parse_input(logits, dtype, {1, rows, 0, stride}, columns, labels, 1, INT64_MIN,
+                                               temperature, row_temperature, softcap);
+  input.first_column = first_column;
+  return input;
+}
+
+irlfast::TokenStatsGradient parse_chunk_gradient(const irlfast::TokenStatsInput& input, uintptr_t data, int dtype,
+                                                 int64_t stride, int64_t rows) {
+  irlfast::TokenStatsGradient gradient{pointer<void>(data, "the gradient"), parse_dtype(dtype), {1, rows, 0, stride}};
+  const bool rounded = input.dtype == irlfast::DType::kFloat32 && gradient.dtype == irlfast::DType::kBFloat16;
+  if (gradient.dtype != input.dtype && !rounded) {
+    throw std::invalid_argument("the gradient has the logits' type, or bfloat16 for float32 logits");
+  }
+  return gradient;
+}
+
+void linear_token_stats_merge(uintptr_t logits, int dtype, int64_t stride, int64_t rows, int64_t first_column,
+                              int64_t columns, uintptr_t labels, double temperature, uintptr_t row_temperature,
+                              double softcap, uintptr_t running, int64_t running_stride, bool weighted, int threads,
+                              const std::string& isa) {
+  const irlfast::Isa selected = parse_isa(isa);
+  if (rows == 0) return;
+  const irlfast::TokenStatsInput input =
+      parse_chunk(logits, dtype, stride, rows, first_column, columns, labels, temperature, row_temperature, softcap);
+  double* state = pointer<double>(running, "running");
+  py::gil_scoped_release release;
+  irlfast::linear_token_stats_merge(
+      input, weighted, {state, state + running_stride, state + 2 * running_stride, state + 3 * running_stride}, threads,
+      selected);
+}
+
+void linear_token_stats_exponentials(uintptr_t logits, int dtype, int64_t stride, int64_t rows, int64_t first_column,
+                                     int64_t columns, uintptr_t labels, double temperature, uintptr_t row_temperature,
+                                     double softcap, uintptr_t max, uintptr_t result, int result_dtype,
+                                     int64_t result_stride, int threads, const std::string& isa) {
+  const irlfast::Isa selected = parse_isa(isa);
+  if (rows == 0) return;
+  const irlfast::TokenStatsInput input =
+      parse_chunk(logits, dtype, stride, rows, first_column, columns, labels, temperature, row_temperature, softcap);
+  const irlfast::TokenStatsGradient written = parse_chunk_gradient(input, result, result_dtype, result_stride, rows);
+  const double* maxima = pointer<const double>(max, "max");
+  py::gil_scoped_release release;
+  irlfast::linear_token_stats_exponentials(input, maxima, written, threads, selected);
+}
+
+void linear_token_stats_differentiate(uintptr_t logits, int dtype, int64_t stride, int64_t rows, int64_t first_column,
+                                      int64_t columns, uintptr_t labels, double temperature, uintptr_t row_temperature,
+                                      double softcap, uintptr_t row_numbers, uintptr_t state, uintptr_t grad_logprob,
+                                      uintptr_t grad_entropy, uintptr_t grad_lse, uintptr_t gradient,
+                                      int gradient_dtype, int64_t gradient_stride, int threads,
+                                      const std::string& isa) {
+  const irlfast::Isa selected = parse_isa(isa);
+  if (rows == 0) return;
+  irlfast::TokenStatsInput input =
+      parse_chunk(logits, dtype, stride, rows, first_column, columns, labels, temperature, row_temperature, softcap);
+  if (row_numbers != 0) {
+    input.row_numbers = reinterpret_cast<const int64_t*>(row_numbers);
+    input.numbered_rows = rows;
+    input.layout.inner = INT64_MAX;  // how many rows the numbers may refer to is not known here
+  }
+  const irlfast::TokenStatsGradient written =
+      parse_chunk_gradient(input, gradient, gradient_dtype, gradient_stride, rows);
+  const void* saved = pointer<const void>(state, "state");
+  irlfast::TokenStatsUpstream upstream;
+  upstream.logprob = reinterpret_cast<const void*>(grad_logprob);
+  upstream.entropy = reinterpret_cast<const void*>(grad_entropy);
+  upstream.lse = reinterpret_cast<const void*>(grad_lse);
+  py::gil_scoped_release release;
+  irlfast::token_stats_backward(input, saved, upstream, written, threads, selected);
 }
 
 int64_t first_invalid_label(uintptr_t labels, int64_t count, int64_t vocab, int64_t ignore_index) {
@@ -192,4 +273,22 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
         py::arg("row_temperature"), py::arg("softcap"), py::arg("state"), py::arg("grad_logprob"),
         py::arg("grad_entropy"), py::arg("grad_lse"), py::arg("gradient"), py::arg("gradient_layout"),
         py::arg("threads"), py::arg("isa"), "Write the logits' gradient, which may be the logits themselves.");
+
+  m.attr("CHUNK_PIECE") = irlfast::kChunkPiece;
+  m.def("linear_token_stats_merge", &linear_token_stats_merge, py::arg("logits"), py::arg("dtype"), py::arg("stride"),
+        py::arg("rows"), py::arg("first_column"), py::arg("columns"), py::arg("labels"), py::arg("temperature"),
+        py::arg("row_temperature"), py::arg("softcap"), py::arg("running"), py::arg("running_stride"),
+        py::arg("weighted"), py::arg("threads"), py::arg("isa"),
+        "Add a chunk of columns to running statistics: max, others, weighted, label logit, doubles.");
+  m.def("linear_token_stats_exponentials", &linear_token_stats_exponentials, py::arg("logits"), py::arg("dtype"),
+        py::arg("stride"), py::arg("rows"), py::arg("first_column"), py::arg("columns"), py::arg("labels"),
+        py::arg("temperature"), py::arg("row_temperature"), py::arg("softcap"), py::arg("max"), py::arg("result"),
+        py::arg("result_dtype"), py::arg("result_stride"), py::arg("threads"), py::arg("isa"),
+        "Write exp((l - max) / T) dl/dlogit for a chunk of columns, 0 at the label.");
+  m.def("linear_token_stats_differentiate", &linear_token_stats_differentiate, py::arg("logits"), py::arg("dtype"),
+        py::arg("stride"), py::arg("rows"), py::arg("first_column"), py::arg("columns"), py::arg("labels"),
+        py::arg("temperature"), py::arg("row_temperature"), py::arg("softcap"), py::arg("row_numbers"),
+        py::arg("state"), py::arg("grad_logprob"), py::arg("grad_entropy"), py::arg("grad_lse"), py::arg("gradient"),
+        py::arg("gradient_dtype"), py::arg("gradient_stride"), py::arg("threads"), py::arg("isa"),
+        "Write the gradient of a chunk of columns, whose row r is row row_numbers[r] of the logits (0: row r).");
 }

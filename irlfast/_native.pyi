@@ -1,5 +1,6 @@
 from typing import Any
 
+CHUNK_PIECE: int
 DTYPES: dict[str, int]
 
 def build_info() -> dict[str, Any]: ...
@@ -40,6 +41,63 @@ def token_stats_backward(
     grad_lse: int,
     gradient: int,
     gradient_layout: tuple[int, int, int, int],
+    threads: int,
+    isa: str,
+) -> None: ...
+def linear_token_stats_merge(
+    logits: int,
+    dtype: int,
+    stride: int,
+    rows: int,
+    first_column: int,
+    columns: int,
+    labels: int,
+    temperature: float,
+    row_temperature: int,
+    softcap: float,
+    running: int,
+    running_stride: int,
+    weighted: bool,
+    threads: int,
+    isa: str,
+) -> None: ...
+def linear_token_stats_exponentials(
+    logits: int,
+    dtype: int,
+    stride: int,
+    rows: int,
+    first_column: int,
+    columns: int,
+    labels: int,
+    temperature: float,
+    row_temperature: int,
+    softcap: float,
+    max: int,
+    result: int,
+    result_dtype: int,
+    result_stride: int,
+    threads: int,
+    isa: str,
+) -> None: ...
+def linear_token_stats_differentiate(
+    logits: int,
+    dtype: int,
+    stride: int,
+    rows: int,
+    first_column: int,
+    columns: int,
+    labels: int,
+    temperature: float,
+    row_temperature: int,
+    softcap: float,
+    row_numbers: int,
+    state: int,
+    grad_logprob: int,
+    grad_entropy: int,
+    grad_lse: int,
+    gradient: int,
+    gradient_dtype: int,
+    gradient_stride: int,
     threads: int,
     isa: str,
 ) -> None: ...

@@ -7,108 +7,10 @@
 #include <vector>
 
 #include "irlfast/online_softmax.h"
-#include "isa/softmax_spans.h"
+#include "rows.h"
 
 namespace irlfast {
 namespace {
-
-// A row is summarised in pieces of this many logits, merged in order. Few rows are shared out over the threads by
-// piece, many by row: either way the same pieces are added in the same order. Long, as every piece has to find its
-// maximum anew.
-constexpr int64_t kPiece = 32768;
-
-// Below this many logits a team of threads costs more than it saves.
-constexpr int64_t kSerial = 16384;
-
-// Gradients of this many bytes are not read back from the caches, so they are written past them.
-constexpr int64_t kStreamBytes = int64_t(32) << 20;
-
-// A statistic's array: float, or double where the logits are double.
-class Statistic {
- public:
-  Statistic(const void* data, DType dtype) : data_(const_cast<void*>(data)), wide_(dtype == DType::kFloat64) {}
-
-  explicit operator bool() const { return data_ != nullptr; }
-
-  double get(int64_t i) const {
-    return wide_ ? static_cast<const double*>(data_)[i] : double(static_cast<const float*>(data_)[i]);
-  }
-
-  void set(int64_t i, double value) const {
-    if (wide_) {
-      static_cast<double*>(data_)[i] = value;
-    } else {
-      static_cast<float*>(data_)[i] = float(value);
-    }
-  }
-
- private:
-  void* data_;
-  bool wide_;
-};
-
-class Rows {
- public:
-  Rows(const TokenStatsInput& input, Isa isa)
-      : input_(input),
-        spans_(softmax_spans(isa)),
-        dtype_(int(input.dtype)),
-        element_bytes_(dtype_size(input.dtype)),
-        row_temperature_(input.row_temperature, input.dtype) {}
-
-  const TokenStatsInput& input() const { return input_; }
-  const SoftmaxSpans& spans() const { return spans_; }
-  int dtype() const { return dtype_; }
-  int64_t element_bytes() const { return element_bytes_; }
-  int64_t count() const { return input_.layout.rows(); }
-  int64_t pieces() const { return (input_.vocab + kPiece - 1) / kPiece; }
-
-  const char* logit(int64_t row, int64_t column) const {
-    return static_cast<const char*>(input_.logits) + (input_.layout.offset(row) + column) * element_bytes_;
-  }
-
-  const int64_t* labels(int64_t row) const { return input_.labels + row * input_.labels_per_row; }
-
-  bool ignored(int64_t row) const {
-    for (int64_t k = 0; k < input_.labels_per_row; ++k) {
-      if (labels(row)[k] != input_.ignore_index) return false;
-    }
-    return true;
-  }
-
-  double inverse_temperature(int64_t row) const {
-    return 1.0 / (row_temperature_ ? row_temperature_.get(row) : input_.temperature);
-  }
-
-  LogitElement element(int64_t row, int64_t column) const {
-    return spans_.element[dtype_](logit(row, column), input_.softcap);
-  }
-
-  OnlineSoftmax<double> summarise_piece(int64_t row, int64_t piece, bool weighted) const {
-    const int64_t begin = piece * kPiece;
-    return spans_.summarise[dtype_](logit(row, begin), std::min(kPiece, input_.vocab - begin), inverse_temperature(row),
-                                    input_.softcap, weighted);
-  }
-
- private:
-  const TokenStatsInput& input_;
-  const SoftmaxSpans& spans_;
-  int dtype_;
-  int64_t element_bytes_;
-  Statistic row_temperature_;
-};
-
-// Calls task(i) for i in [0, count), in any order; each task stands for `cost` logits.
-template <typename Task>
-void parallel_for(int64_t count, int64_t cost, int threads, const Task& task) {
-  if (threads <= 1 || count <= 1 || count * cost < kSerial) {
-    for (int64_t i = 0; i < count; ++i) task(i);
-    return;
-  }
-  const int64_t grain = std::max<int64_t>(1, kSerial / std::max<int64_t>(1, cost));
-#pragma omp parallel for num_threads(threads) schedule(dynamic, grain)
-  for (int64_t i = 0; i < count; ++i) task(i);
-}
 
 bool share_out_pieces(const Rows& rows, int threads) {
   return rows.pieces() > 1 && threads > 1 && rows.count() < 4 * threads;
@@ -193,17 +95,18 @@ class Forward {
 
 class Backward {
  public:
-  Backward(const Rows& rows, const void* state, const TokenStatsUpstream& upstream, void* gradient,
-           const RowLayout& layout)
+  Backward(const Rows& rows, const void* state, const TokenStatsUpstream& upstream, const TokenStatsGradient& gradient)
       : rows_(rows),
         state_(state, rows.input().dtype),
         upstream_logprob_(upstream.logprob, rows.input().dtype),
         upstream_entropy_(upstream.entropy, rows.input().dtype),
         upstream_lse_(upstream.lse, rows.input().dtype),
-        gradient_(static_cast<char*>(gradient)),
-        layout_(layout),
-        stream_(gradient != rows.input().logits &&
-                rows.count() * rows.input().vocab * rows.element_bytes() >= kStreamBytes) {}
+        gradient_(gradient),
+        element_bytes_(dtype_size(gradient.dtype)),
+        differentiate_(gradient.dtype == rows.input().dtype ? rows.spans().differentiate[rows.dtype()]
+                                                            : rows.spans().differentiate_to_bfloat16),
+        stream_(gradient.data != rows.input().logits &&
+                rows.count() * rows.input().vocab * element_bytes_ >= kStreamBytes) {}
 
   void run(int threads) const {
     const int64_t pieces = rows_.pieces();
@@ -221,7 +124,7 @@ class Backward {
  private:
   // A label in the piece at hand, and the gradient its log-prob receives.
   struct Target {
-    int64_t label;
+    int64_t column;
     double upstream;
     LogitElement logit;
   };
@@ -233,7 +136,7 @@ class Backward {
   }
 
   char* gradient(int64_t row, int64_t column) const {
-    return gradient_ + (layout_.offset(row) + column) * rows_.element_bytes();
+    return static_cast<char*>(gradient_.data) + (gradient_.layout.offset(row) + column) * element_bytes_;
   }
 
   void differentiate(int64_t row, int64_t begin, int64_t end) const {
@@ -248,7 +151,7 @@ class Backward {
     const double u = upstream_lse_ ? upstream_lse_.get(row) : 0.0;
     any |= h != 0.0 || u != 0.0;
     if (!any || rows_.ignored(row)) {
-      std::memset(gradient(row, begin), 0, size_t((end - begin) * rows_.element_bytes()));
+      std::memset(gradient(row, begin), 0, size_t((end - begin) * element_bytes_));
       return;
     }
 
@@ -282,7 +185,7 @@ class Backward {
     parameters.constant = (constant - total) * p_argmax * inverse_temperature;
     parameters.linear = -h * p_argmax * inverse_temperature;
     parameters.stream = stream_;
-    rows_.spans().differentiate[rows_.dtype()](rows_.logit(row, begin), gradient(row, begin), end - begin, parameters);
+    differentiate_(rows_.logit(row, begin), gradient(row, begin), end - begin, parameters);
 
     for (size_t i = 0; i < n; ++i) {
       const double x = (target[i].logit.value - max) * inverse_temperature;
@@ -291,24 +194,24 @@ class Backward {
       const double spread = p == 0.0 ? 0.0 : p * (constant - (total - target[i].upstream) - h * x);
       // g (1 - p) by expm1: for a confident token 1 - p is below float32's spacing at 1.
       const double value = (spread - target[i].upstream * std::expm1(logprob)) * inverse_temperature;
-      rows_.spans().store[rows_.dtype()](gradient(row, target[i].label), value * target[i].logit.slope);
+      rows_.spans().store[int(gradient_.dtype)](gradient(row, target[i].column), value * target[i].logit.slope);
     }
   }
 
   // Reads the label's logit now: where the gradient is written in place, it is gone afterwards.
   bool gather(int64_t row, int64_t k, int64_t begin, int64_t end, Target& target) const {
-    const int64_t label = rows_.labels(row)[k];
-    if (label == rows_.input().ignore_index || label < begin || label >= end) return false;
-    target = {label, upstream(row, k), rows_.element(row, label)};
+    const int64_t column = rows_.label_column(row, k);
+    if (rows_.labels(row)[k] == rows_.input().ignore_index || column < begin || column >= end) return false;
+    target = {column, upstream(row, k), rows_.element(row, column)};
     return true;
   }
 
   static size_t add_up_repeats(std::vector<Target>& targets) {
     std::stable_sort(targets.begin(), targets.end(),
-                     [](const Target& a, const Target& b) { return a.label < b.label; });
+                     [](const Target& a, const Target& b) { return a.column < b.column; });
     size_t n = 0;
     for (const Target& target : targets) {
-      if (n > 0 && targets[n - 1].label == target.label) {
+      if (n > 0 && targets[n - 1].column == target.column) {
         targets[n - 1].upstream += target.upstream;
       } else {
         targets[n++] = target;
@@ -319,8 +222,9 @@ class Backward {
 
   const Rows& rows_;
   Statistic state_, upstream_logprob_, upstream_entropy_, upstream_lse_;
-  char* gradient_;
-  RowLayout layout_;
+  TokenStatsGradient gradient_;
+  int64_t element_bytes_;
+  SoftmaxSpans::Differentiate differentiate_;
   bool stream_;
 };
 
@@ -338,8 +242,8 @@ void token_stats_forward(const TokenStatsInput& input, const TokenStatsOutput& o
 }
 
 void token_stats_backward(const TokenStatsInput& input, const void* state, const TokenStatsUpstream& upstream,
-                          void* gradient, const RowLayout& gradient_layout, int threads, Isa isa) {
-  Backward(Rows(input, isa), state, upstream, gradient, gradient_layout).run(threads);
+                          const TokenStatsGradient& gradient, int threads, Isa isa) {
+  Backward(Rows(input, isa), state, upstream, gradient).run(threads);
 }
 
 }  // namespace irlfast

@@ -198,8 +198,8 @@ void run(const Case& c, std::mt19937& random) {
   Buffer fresh(rows * c.vocab * bytes);
   void* gradient = c.inplace ? logits.as<void>() : fresh.as<void>();
   const irlfast::RowLayout& gradient_layout = c.inplace ? layout : packed;
-  irlfast::token_stats_backward(input, state.as<void>(), {g.as<void>(), h.as<void>(), u.as<void>()}, gradient,
-                                gradient_layout, c.threads, c.isa);
+  irlfast::token_stats_backward(input, state.as<void>(), {g.as<void>(), h.as<void>(), u.as<void>()},
+                                {gradient, c.dtype, gradient_layout}, c.threads, c.isa);
 
   const long double tolerance = wide ? 1e-13L : 2e-6L;
   const long double rounding = c.dtype == DType::kBFloat16 ? 0x1p-8L : c.dtype == DType::kFloat16 ? 0x1p-11L : 0;

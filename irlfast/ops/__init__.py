@@ -2,6 +2,7 @@
 
 from irlfast.ops.importance import ImportanceWeights, importance_weights
 from irlfast.ops.kl_estimate import kl_estimate
+from irlfast.ops.linear_token_stats import linear_token_stats, linear_token_stats_reference
 from irlfast.ops.sequence import sequence_logprobs
 from irlfast.ops.token_stats import TokenStats, token_logprobs, token_stats, token_stats_reference
 
@@ -10,6 +11,8 @@ __all__ = [
     "TokenStats",
     "importance_weights",
     "kl_estimate",
+    "linear_token_stats",
+    "linear_token_stats_reference",
     "sequence_logprobs",
     "token_logprobs",
     "token_stats",

@@ -52,8 +52,12 @@ class Accumulator {
  public:
   static constexpr int kBlock = kUnroll * kLanes;
 
-  explicit Accumulator(double inverse_temperature)
-      : scale_(Real(inverse_temperature * kLog2E)), maximum_(broadcast<Real>(-INFINITY)) {}
+  Accumulator(double inverse_temperature, const OnlineSoftmax<double>& before)
+      : before_(before),
+        inverse_temperature_(inverse_temperature),
+        scale_(Real(inverse_temperature * kLog2E)),
+        maximum_(broadcast(Real(before.max))),
+        offset_(before.max == -INFINITY ? V{} : maximum_) {}
 
   inline __attribute__((always_inline)) void add(V (&logit)[kUnroll]) {
     V top = logit[0];
@@ -78,7 +82,8 @@ class Accumulator {
     }
   }
 
-  // Lanes are added in a fixed order, in double.
+  // Lanes are added in a fixed order, in double. Where the maximum has risen, the one of before, exp(0) = 1, is in the
+  // sums already.
   OnlineSoftmax<double> result() {
     move_up();
     OnlineSoftmax<double> state{double(maximum_[0]), 0.0, 0.0};
@@ -92,6 +97,14 @@ class Accumulator {
       }
     }
     state.weighted *= kLn2;
+    if (before_.max != -INFINITY) {
+      const double shift = (before_.max - state.max) * inverse_temperature_;
+      const double factor = shift == 0 ? 1.0 : ::exp(shift);
+      state.others += factor * before_.others;
+      if (kWeighted) state.weighted += factor * (before_.weighted + shift * before_.others);
+    } else {
+      state.others += before_.others;  // 0, or a NaN that must reach the result
+    }
     return state;
   }
 
@@ -146,23 +159,26 @@ class Accumulator {
     return one;
   }
 
+  OnlineSoftmax<double> before_;
+  double inverse_temperature_;
   Real scale_;
-  V maximum_;   // -inf until something finite is met
-  V offset_{};  // the maximum, or 0 while there is none: -inf less -inf would be NaN
+  V maximum_;  // -inf until something finite is met
+  V offset_;   // the maximum, or 0 while there is none: -inf less -inf would be NaN
   // Sums of 2^t, and of 2^t t: those of the latest blocks, and those before.
   V sum_[kUnroll]{}, weighted_[kUnroll]{};
   V sums_[kUnroll]{}, weighteds_[kUnroll]{};
 };
 
 template <typename T, bool kSoftcap, bool kWeighted>
-OnlineSoftmax<double> summarise_span(const T* logits, int64_t count, double inverse_temperature, double softcap) {
+OnlineSoftmax<double> summarise_span(const T* logits, int64_t count, double inverse_temperature, double softcap,
+                                     const OnlineSoftmax<double>& before) {
   using Real = typename Compute<T>::Real;
   using V = typename Traits<Real>::V;
   constexpr int kLanes = Traits<Real>::kLanes;
   constexpr int kBlock = Accumulator<Real, kWeighted>::kBlock;
 
   const Cap<Real, kSoftcap> cap(softcap);
-  Accumulator<Real, kWeighted> accumulator(inverse_temperature);
+  Accumulator<Real, kWeighted> accumulator(inverse_temperature, before);
   V block[kUnroll];
   int64_t i = 0;
   while (i + kBlock <= count) {
@@ -189,14 +205,14 @@ OnlineSoftmax<double> summarise_span(const T* logits, int64_t count, double inve
 
 template <typename T>
 OnlineSoftmax<double> summarise(const void* data, int64_t count, double inverse_temperature, double softcap,
-                                bool weighted) {
+                                bool weighted, const OnlineSoftmax<double>& before) {
   const T* logits = static_cast<const T*>(data);
   if (softcap != 0) {
-    return weighted ? summarise_span<T, true, true>(logits, count, inverse_temperature, softcap)
-                    : summarise_span<T, true, false>(logits, count, inverse_temperature, softcap);
+    return weighted ? summarise_span<T, true, true>(logits, count, inverse_temperature, softcap, before)
+                    : summarise_span<T, true, false>(logits, count, inverse_temperature, softcap, before);
   }
-  return weighted ? summarise_span<T, false, true>(logits, count, inverse_temperature, softcap)
-                  : summarise_span<T, false, false>(logits, count, inverse_temperature, softcap);
+  return weighted ? summarise_span<T, false, true>(logits, count, inverse_temperature, softcap, before)
+                  : summarise_span<T, false, false>(logits, count, inverse_temperature, softcap, before);
 }
 
 template <typename T, bool kSoftcap>
@@ -224,14 +240,16 @@ class Gradient {
     }
   }
 
-  void few(const T* logits, T* gradient, int64_t count) const {
+  template <typename Out>
+  void few(const T* logits, Out* gradient, int64_t count) const {
     constexpr int kLanes = Traits<Real>::kLanes;
     T buffer[kLanes] = {};
     memcpy(buffer, logits, size_t(count) * sizeof(T));
     V x[1] = {load(buffer)};
     apply(x);
-    store(buffer, x[0]);
-    memcpy(gradient, buffer, size_t(count) * sizeof(T));
+    Out result[kLanes];
+    store(result, x[0]);
+    memcpy(gradient, result, size_t(count) * sizeof(Out));
   }
 
  private:
@@ -246,18 +264,18 @@ IRLFAST_VEC void put(T* destination, V value) {
   kStream ? stream(destination, value) : store(destination, value);
 }
 
-template <typename T, bool kSoftcap, bool kStream>
-void differentiate_span(const T* logits, T* gradient, int64_t count, const SoftmaxGradient& parameters) {
+template <typename T, typename Out, bool kSoftcap, bool kStream>
+void differentiate_span(const T* logits, Out* gradient, int64_t count, const SoftmaxGradient& parameters) {
   using Real = typename Compute<T>::Real;
   constexpr int kLanes = Traits<Real>::kLanes;
   const Gradient<T, kSoftcap> gradient_of(parameters);
 
   int64_t i = 0;
   if (kStream) {
-    constexpr uintptr_t kBytes = kLanes * sizeof(T);
+    constexpr uintptr_t kBytes = kLanes * sizeof(Out);
     const uintptr_t past = reinterpret_cast<uintptr_t>(gradient) % kBytes;
     if (past != 0) {
-      const int64_t head = int64_t((kBytes - past) / sizeof(T));
+      const int64_t head = int64_t((kBytes - past) / sizeof(Out));
       i = head < count ? head : count;
       gradient_of.few(logits, gradient, i);
     }
@@ -272,16 +290,16 @@ void differentiate_span(const T* logits, T* gradient, int64_t count, const Softm
   if (kStream) stream_fence();
 }
 
-template <typename T>
+template <typename T, typename Out = T>
 void differentiate(const void* data, void* result, int64_t count, const SoftmaxGradient& parameters) {
   const T* logits = static_cast<const T*>(data);
-  T* gradient = static_cast<T*>(result);
+  Out* gradient = static_cast<Out*>(result);
   if (parameters.softcap != 0) {
-    parameters.stream ? differentiate_span<T, true, true>(logits, gradient, count, parameters)
-                      : differentiate_span<T, true, false>(logits, gradient, count, parameters);
+    parameters.stream ? differentiate_span<T, Out, true, true>(logits, gradient, count, parameters)
+                      : differentiate_span<T, Out, true, false>(logits, gradient, count, parameters);
   } else {
-    parameters.stream ? differentiate_span<T, false, true>(logits, gradient, count, parameters)
-                      : differentiate_span<T, false, false>(logits, gradient, count, parameters);
+    parameters.stream ? differentiate_span<T, Out, false, true>(logits, gradient, count, parameters)
+                      : differentiate_span<T, Out, false, false>(logits, gradient, count, parameters);
   }
 }
 
@@ -311,6 +329,7 @@ const SoftmaxSpans& IRLFAST_JOIN(softmax_spans_, IRLFAST_ISA)() {
   static constexpr SoftmaxSpans spans{
       {summarise<float>, summarise<double>, summarise<BFloat16>, summarise<Float16>},
       {differentiate<float>, differentiate<double>, differentiate<BFloat16>, differentiate<Float16>},
+      differentiate<float, BFloat16>,
       {element<float>, element<double>, element<BFloat16>, element<Float16>},
       {store_element<float>, store_element<double>, store_element<BFloat16>, store_element<Float16>},
   };

@@ -27,8 +27,10 @@ struct SoftmaxGradient {
 
 // One function for each DType.
 struct SoftmaxSpans {
+  // Adds logits to a summary of those before them. What comes out depends on where the spans are cut, as any sum does
+  // on its order; a summary that goes on does not have to find its maximum anew.
   using Summarise = OnlineSoftmax<double> (*)(const void* logits, int64_t count, double inverse_temperature,
-                                              double softcap, bool weighted);
+                                              double softcap, bool weighted, const OnlineSoftmax<double>& before);
   using Differentiate = void (*)(const void* logits, void* gradient, int64_t count, const SoftmaxGradient&);
   using Element = LogitElement (*)(const void* logit, double softcap);
   using Store = void (*)(void* destination, double value);
@@ -36,7 +38,8 @@ struct SoftmaxSpans {
   Summarise summarise[kDTypes];  // `weighted` is left 0 where it is not asked for
   Differentiate
       differentiate[kDTypes];  // the gradient may be the logits themselves, and may not overlap them otherwise
-  Element element[kDTypes];    // the very value the passes saw
+  Differentiate differentiate_to_bfloat16;  // float logits, bfloat16 gradient
+  Element element[kDTypes];                 // the very value the passes saw
   Store store[kDTypes];
 };
 

@@ -31,6 +31,12 @@ struct TokenStatsInput {
   double temperature = 1.0;
   const void* row_temperature = nullptr;  // one a row, in the statistics' type; replaces `temperature`
   double softcap = 0.0;                   // 0 means none
+
+  // Where the logits at hand are columns [first_column, first_column + vocab) of a wider vocabulary, which labels refer
+  // to, and where row r stands at place row_numbers[r] of the layout. For the passes that say so.
+  int64_t first_column = 0;
+  const int64_t* row_numbers = nullptr;
+  int64_t numbered_rows = 0;
 };
 
 // Statistics are float, or double where the logits are. A row whose labels are all ignored gives zeros.
@@ -54,9 +60,17 @@ int64_t first_invalid_label(const int64_t* labels, int64_t count, int64_t vocab,
 // The same numbers for a row whatever the number of threads and whichever other rows there are.
 void token_stats_forward(const TokenStatsInput& input, const TokenStatsOutput& output, int threads, Isa isa);
 
-// The gradient may be the logits themselves (same address and layout) and may not overlap them in any other way.
-// A row whose upstream gradients are all zero gets zeros, whatever its logits.
+// In the logits' type, or bfloat16 for float logits.
+struct TokenStatsGradient {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  RowLayout layout;
+};
+
+// The gradient may be the logits themselves (same address, type and layout) and may not overlap them in any other way.
+// A row whose upstream gradients are all zero gets zeros, whatever its logits. Takes columns of a wider vocabulary, and
+// numbered rows.
 void token_stats_backward(const TokenStatsInput& input, const void* state, const TokenStatsUpstream& upstream,
-                          void* gradient, const RowLayout& gradient_layout, int threads, Isa isa);
+                          const TokenStatsGradient& gradient, int threads, Isa isa);
 
 }  // namespace irlfast
