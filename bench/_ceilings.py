@@ -27,21 +27,18 @@ def bandwidth_ceilings(*names: str, nbytes: int) -> list[Contender]:
     ]
 
 
-def product_ceilings(hidden: Tensor, weight: Tensor, *, weight_gradient: bool) -> list[Contender]:
+def product_ceilings(hidden: Tensor, weight: Tensor, *, gradients: int) -> list[Contender]:
     """The bare products of a linear head, into mapped outputs of the operands' type.
 
     Args:
         hidden: [N, D]. weight: [V, D].
-        weight_gradient: with the product for dW too.
+        gradients: 0 for the product of forward alone, 1 with that for dX, 2 with that for dW too.
     """
     logits = hidden @ weight.T
-    grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
-    products = [
-        Contender(name="logits product", family="ceiling", run=lambda: (torch.mm(hidden, weight.T, out=logits),)),
-        Contender(name="dX product", family="ceiling", run=lambda: (torch.mm(logits, weight, out=grad_hidden),)),
-    ]
-    if weight_gradient:
-        products.append(
-            Contender(name="dW product", family="ceiling", run=lambda: (torch.mm(logits.T, hidden, out=grad_weight),))
-        )
-    return products
+    grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight if gradients > 1 else weight[:0])
+    runs = {
+        "logits product": lambda: (torch.mm(hidden, weight.T, out=logits),),
+        "dX product": lambda: (torch.mm(logits, weight, out=grad_hidden),),
+        "dW product": lambda: (torch.mm(logits.T, hidden, out=grad_weight),),
+    }
+    return [Contender(name=name, family="ceiling", run=run) for name, run in [*runs.items()][: gradients + 1]]

@@ -31,7 +31,8 @@ def draw(results: Mapping[str, Any], path: str) -> None:
     columns = _columns(panels)
     inches = 0.24 * max(sum(map(_height, lines)) for lines in columns)
     figure = pyplot.figure(figsize=(9 * len(columns), inches + 0.8), layout="constrained")
-    head, body = figure.subfigures(2, 1, height_ratios=[0.8, inches])
+    halves: Any = figure.subfigures(2, 1, height_ratios=[0.8, inches])
+    head, body = halves
     for part, lines in zip(body.subfigures(1, len(columns), squeeze=False)[0], columns, strict=True):
         axes = part.subplots(len(lines), 1, height_ratios=[_height(line) for line in lines], squeeze=False)[:, 0]
         for axis, (line, rows) in zip(axes, lines, strict=True):

@@ -122,6 +122,20 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def headline(results: Mapping[str, Any]) -> str:
+    """A short table for the README: each line's first shape in float32 under the tuned allocator."""
+    rows = [row for row in results["rows"] if row["malloc"] == "tuned" and row["dtype"] == "float32"]
+    first = {(row["line"], row["work"]): size(row) for row in reversed(rows)}
+    body = []
+    for row in sorted(rows, key=lambda row: row["line"]):
+        ratios = [best_ratio(row, family) for family in ("eager", "compile")]
+        if size(row) == first[row["line"], row["work"]] and any(ratio is not None for ratio in ratios):
+            what = row["pass"] + row["subject"].removeprefix("irlfast")
+            milli = milliseconds(row["contenders"][row["subject"]]["median_ms"])
+            body.append([row["work"], size(row), what, milli, *(_number(ratio, 1) for ratio in ratios)])
+    return _table(["work", "shape", "pass", "ms", "x eager", "x torch.compile"], body)
+
+
 def _origin(results: Mapping[str, Any]) -> str:
     lines = []
     for run in results["runs"].values():

@@ -37,11 +37,13 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def write(path: str | Path, results: Mapping[str, Any]) -> None:
-    """At once: whoever is interrupted keeps the file as it was."""
+    """At once: whoever is interrupted keeps the file as it was. A row is a line, so that changes can be read."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    head = json.dumps({**results, "rows": []}, indent=1).removesuffix("[]\n}")
+    rows = ",\n".join(map(json.dumps, results["rows"]))
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
+    temporary.write_text(f"{head}[\n{rows}\n]\n}}\n")
     temporary.replace(path)
 
 

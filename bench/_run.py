@@ -146,10 +146,12 @@ def lots(cases: Sequence[Case], done: Iterable[_results.Key], threads: int) -> l
 def run_lot(lot: Lot, threads: int, settings: Settings, keep: Callable[[list[dict[str, Any]]], None]) -> bool:
     """Measures a lot in a process of its own, hands over rows as they come, and says whether all came."""
     malloc, cases = lot
+    # Memory that "tuned" keeps hides what a run needs; it is measured there only where nothing else is.
+    memory = malloc == "default" or all(case.mallocs == (malloc,) for case in cases)
     config = {
         "malloc": malloc,
         "threads": threads,
-        "settings": dataclasses.asdict(dataclasses.replace(settings, memory=malloc == "default")),
+        "settings": dataclasses.asdict(dataclasses.replace(settings, memory=memory)),
         "cases": [dataclasses.asdict(case) for case in cases],
     }
     worker = subprocess.Popen(
