@@ -2,6 +2,7 @@
 
 from irlfast.ops.importance import ImportanceWeights, importance_weights
 from irlfast.ops.kl_estimate import kl_estimate
+from irlfast.ops.linear_token_loss import linear_token_loss
 from irlfast.ops.linear_token_stats import linear_token_stats, linear_token_stats_reference
 from irlfast.ops.sequence import sequence_logprobs
 from irlfast.ops.token_stats import TokenStats, token_logprobs, token_stats, token_stats_reference
@@ -11,6 +12,7 @@ __all__ = [
     "TokenStats",
     "importance_weights",
     "kl_estimate",
+    "linear_token_loss",
     "linear_token_stats",
     "linear_token_stats_reference",
     "sequence_logprobs",

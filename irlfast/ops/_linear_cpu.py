@@ -8,6 +8,7 @@ from torch import Tensor
 from irlfast import _native
 from irlfast.ops._dispatch import DTYPE_CODES, address
 from irlfast.ops._linear import Rows, Upstream
+from irlfast.ops._token_stats_cpu import check_row_temperature, raise_label
 
 
 class CpuEpilogue:
@@ -82,3 +83,13 @@ def _chunk(
         address(rows.row_temperature),
         rows.softcap,
     )
+
+
+def check_values(labels: Tensor, vocab: int, ignore_index: int, row_temperature: Tensor | None) -> None:
+    """IndexError for a label, ValueError for a temperature, that is out of range."""
+    labels = labels.contiguous()
+    wrong = _native.first_invalid_label(labels.data_ptr(), len(labels), vocab, ignore_index) if len(labels) else -1
+    if wrong >= 0:
+        raise_label(labels, wrong, vocab, ignore_index)
+    if row_temperature is not None:
+        check_row_temperature(row_temperature)

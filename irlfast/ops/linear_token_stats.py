@@ -24,9 +24,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from irlfast import _native
 from irlfast.ops._dispatch import (
-    DTYPE_CODES,
     LIBRARY,
     Implementation,
     cpu_kernel_unavailable,
@@ -34,10 +32,11 @@ from irlfast.ops._dispatch import (
     select,
     statistics_dtype,
 )
-from irlfast.ops._linear_cpu import CpuEpilogue
+from irlfast.ops._linear_cpu import CpuEpilogue, check_values
+from irlfast.ops._linear_inputs import autocast, check_linear, split_temperature
 from irlfast.ops._linear_modes import Outputs, backward_chunked, forward_chunked, kept_shape
 from irlfast.ops._scaling import check_scaling
-from irlfast.ops._token_stats_cpu import check_row_temperature, raise_label
+from irlfast.ops._token_stats_cpu import check_row_temperature
 from irlfast.ops.token_stats import TokenStats, token_stats_reference
 
 Mode = Literal["auto", "recompute", "keep", "frozen"]
@@ -79,13 +78,8 @@ LIBRARY.define(
 
 
 def _forward_cpu(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any) -> Outputs:
-    ignore_index, vocab = rest[3], weight.shape[0]
-    labels = labels.contiguous()
-    wrong = _native.first_invalid_label(labels.data_ptr(), labels.numel(), vocab, ignore_index) if len(labels) else -1
-    if wrong >= 0:
-        raise_label(labels, wrong, vocab, ignore_index)
-    if rest[0] is not None:
-        check_row_temperature(rest[0])
+    row_temperature, _, _, ignore_index, *_ = rest
+    check_values(labels, weight.shape[0], ignore_index, row_temperature)
     return forward_chunked(CpuEpilogue(), hidden, weight, bias, labels, *rest)
 
 
@@ -171,10 +165,7 @@ def _run_native(
     chunk: int,
 ) -> TokenStats:
     shape = labels.shape
-    row_temperature = None
-    if isinstance(temperature, Tensor):
-        row_temperature = temperature.to(statistics_dtype(hidden.dtype)).expand(shape).reshape(-1).contiguous()
-        temperature = 1.0
+    temperature, row_temperature = split_temperature(temperature, shape, hidden.dtype)
     chunk = -(-chunk // CpuEpilogue.piece) * CpuEpilogue.piece
     mode = resolve_mode(mode, hidden, weight, bias, labels.numel(), memory_budget)
     run: Callable[..., Outputs] = torch.ops.irlfast.linear_token_stats
@@ -287,10 +278,13 @@ def linear_token_stats(
         ValueError: shapes, devices, temperature, softcap, mode, memory_budget or chunk.
         RuntimeError: an `impl` that is not available here.
     """
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    _check(hidden, weight, labels, bias, mode, memory_budget, chunk)
-    check_scaling("linear_token_stats", temperature, softcap, labels.shape)
-    result: TokenStats = select("linear_token_stats", IMPLEMENTATIONS, impl, hidden).run(
+    op = "linear_token_stats"
+    hidden, weight, bias = autocast(hidden, weight, bias)
+    check_linear(op, hidden, weight, labels, bias, memory_budget, chunk)
+    check_scaling(op, temperature, softcap, labels.shape)
+    if mode not in MODES:
+        raise ValueError(f"{op}: mode={mode!r} is unknown; expected one of {', '.join(map(repr, MODES))}")
+    result: TokenStats = select(op, IMPLEMENTATIONS, impl, hidden).run(
         hidden,
         weight,
         labels,
@@ -303,45 +297,3 @@ def linear_token_stats(
         chunk=chunk,
     )
     return result
-
-
-def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def _check(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, mode: str, memory_budget: int, chunk: int
-) -> None:
-    op = "linear_token_stats"
-    if hidden.dtype not in DTYPE_CODES:
-        raise TypeError(f"{op}: hidden is {hidden.dtype}, expected one of {', '.join(map(str, DTYPE_CODES))}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"{op}: labels are {labels.dtype}, expected integers; convert them with labels.long()")
-    if hidden.ndim == 0 or labels.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"{op}: labels have shape {tuple(labels.shape)}, expected {tuple(hidden.shape[:-1])} for hidden "
-            f"{tuple(hidden.shape)}"
-        )
-    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
-        raise ValueError(
-            f"{op}: weight has shape {tuple(weight.shape)}, expected [V, {hidden.shape[-1]}] for hidden "
-            f"{tuple(hidden.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},) for this weight")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != hidden.dtype:
-            raise TypeError(f"{op}: {name} is {tensor.dtype}, hidden {hidden.dtype}; convert one, or use autocast")
-    for name, tensor in (("weight", weight), ("bias", bias), ("labels", labels)):
-        if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, hidden on {hidden.device}; move one to the other")
-    if mode not in MODES:
-        raise ValueError(f"{op}: mode={mode!r} is unknown; expected one of {', '.join(map(repr, MODES))}")
-    if memory_budget < 0:
-        raise ValueError(f"{op}: memory_budget = {memory_budget} is negative; expected a number of bytes")
-    if chunk < 1:
-        raise ValueError(f"{op}: chunk = {chunk}; expected a positive number of columns")
