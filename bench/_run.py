@@ -173,8 +173,9 @@ def run_lot(lot: Lot, threads: int, settings: Settings, keep: Callable[[list[dic
 
 
 def tests_pass(op: str) -> bool:
-    """Runs the op's tests; their output is shown where they fail."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", str(ROOT / "tests" / "ops" / f"test_{op}.py")]
+    """Runs the op's tests, or those that its benchmark names; their output is shown where they fail."""
+    tests = getattr(importlib.import_module(f"bench.{op}"), "TESTS", f"tests/ops/test_{op}.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", str(ROOT / tests)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode != 0:
         print(done.stdout, file=sys.stderr)

@@ -14,7 +14,13 @@ from bench import _peers
 from bench._case import OURS, Bar, Case, Contender, Family, Pass, Truth
 from bench._ceilings import product_ceilings
 from bench.token_stats import BOTH, FORMS, LOGPROB, OUTPUTS
-from irlfast.ops import linear_token_stats, linear_token_stats_reference, token_stats_reference
+from irlfast.ops import (
+    TokenStats,
+    linear_token_loss,
+    linear_token_stats,
+    linear_token_stats_reference,
+    token_stats_reference,
+)
 
 Outputs = tuple[Tensor, ...]
 Form = Callable[[Tensor, Tensor, Tensor], Outputs]
@@ -29,16 +35,20 @@ CASES = tuple(
 )
 
 FORWARD, DX, DW = "logits product", "dX product", "dW product"
-# The bare products of forward + backward. The frozen mode has its two for a gradient of the log-prob alone.
+# The bare products of forward + backward: "one pass" is linear_token_loss, for upstream gradients known beforehand; the
+# frozen mode has its two for a gradient of the log-prob alone.
+ONE_PASS = "one pass"
 MODES: dict[str, dict[str, dict[str, int]]] = {
     "forward + dX": {
         "frozen": {FORWARD: 1, DX: 1},
         "keep": {FORWARD: 1, DX: 1},
         "recompute": {FORWARD: 2, DX: 1},
+        ONE_PASS: {FORWARD: 1, DX: 1},
     },
     "forward + dX + dW": {
         "keep": {FORWARD: 1, DX: 1, DW: 1},
         "recompute": {FORWARD: 2, DX: 1, DW: 1},
+        ONE_PASS: {FORWARD: 1, DX: 1, DW: 1},
     },
 }
 MEMORY_BAR = Bar(kind="extra_mib", limit=40)
@@ -104,20 +114,26 @@ def passes(case: Case) -> Iterator[Pass]:
         trained = name.endswith("dW")
         leaves = [leaf, weight.detach().requires_grad_()] if trained else [leaf]
         head = leaves[-1] if trained else weight
-        forms = [*((f"{OURS}, {mode}", "ours", ours(work, mode)) for mode in modes), *others]
+        arguments = (leaf, head, labels, upstream, leaves)
+        runs: list[tuple[str, Family, Callable[[], Outputs]]] = [
+            (
+                f"{OURS}, {mode}",
+                "ours",
+                _one_pass(*arguments) if mode == ONE_PASS else _both(ours(work, mode), *arguments),
+            )
+            for mode in modes
+        ]
+        runs.extend((n, family, _both(form, *arguments)) for n, family, form in others)
         yield Pass(
             name=name,
             contenders=[
-                *(
-                    Contender(name=n, family=family, run=_both(form, leaf, head, labels, upstream, leaves))
-                    for n, family, form in forms
-                ),
+                *(Contender(name=n, family=family, run=run) for n, family, run in runs),
                 *product_ceilings(hidden, weight, gradients=len(leaves)),
             ],
             bars={
                 f"{OURS}, {mode}": [
                     Bar(kind="overrun", against=products, limit=1.12),
-                    *(memory_bars if mode != "keep" else []),
+                    *(memory_bars if mode in ("recompute", "frozen") else []),
                 ]
                 for mode, products in modes.items()
             },
@@ -140,6 +156,17 @@ def _both(
         return torch.autograd.grad(values, leaves, [g.to(v.dtype) for v, g in zip(values, upstream, strict=True)])
 
     return run
+
+
+def _one_pass(
+    hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Outputs, leaves: list[Tensor]
+) -> Callable[[], Outputs]:
+    """The loss whose gradients with respect to the statistics are `upstream`."""
+
+    def loss(stats: TokenStats, rows: Tensor) -> Tensor:
+        return torch.stack([(g[rows] * value).sum() for g, value in zip(upstream, stats, strict=False)]).sum()
+
+    return lambda: torch.autograd.grad(linear_token_loss(hidden, weight, labels, loss), leaves)
 
 
 def forward_truth(hidden: Tensor, weight: Tensor, labels: Tensor, outputs: tuple[str, ...]) -> list[Truth]:

@@ -87,7 +87,7 @@ def test_it_measures_and_keeps_rows_and_a_picture(tmp_path: Path) -> None:
                "--threads", "1", "--skip", "compile,peer", "--no-tests", "--json", str(file)]  # fmt: skip
     done = run(*options, "--plot", str(picture))
     assert done.returncode == 0, done.stderr
-    assert "line  met" in done.stdout
+    assert "line     met" in done.stdout
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     results = _results.read(file)
     assert {row["malloc"] for row in results["rows"]} == {"tuned", "default"}
