@@ -110,7 +110,7 @@ def _worst(entry: Mapping[str, Any]) -> str:
 def print_summary(rows: Sequence[Row]) -> None:
     print("\nline     met            bar, and its worst case")
     for entry in summary(rows):
-        print(f"{entry["line"]:9}{_counts(entry):14}  {entry['bar']}: {_worst(entry)}")
+        print(f"{entry['line']:9}{_counts(entry):14}  {entry['bar']}: {_worst(entry)}")
 
 
 def markdown(results: Mapping[str, Any]) -> str:

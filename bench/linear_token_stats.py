@@ -13,7 +13,7 @@ from torch import Tensor
 from bench import _peers
 from bench._case import OURS, Bar, Case, Contender, Family, Pass, Truth
 from bench._ceilings import product_ceilings
-from bench.token_stats import BOTH, FORMS, LOGPROB, OUTPUTS
+from bench.token_stats import BOTH, FORMS, LOGPROB, OUTPUTS, error_bars
 from irlfast.ops import (
     TokenStats,
     linear_token_loss,
@@ -99,7 +99,9 @@ def passes(case: Case) -> Iterator[Pass]:
                 ),
                 *product_ceilings(hidden, weight, gradients=0),
             ],
-            bars={OURS: [Bar(kind="overrun", against={FORWARD: 1}, limit=1.10), *memory_bars]},
+            bars={
+                OURS: [Bar(kind="overrun", against={FORWARD: 1}, limit=1.10), *memory_bars, *error_bars(OUTPUTS[work])]
+            },
             truth=forward_truth(hidden, weight, labels, OUTPUTS[work]),
             tolerance=tolerance,
             skipped=missing,

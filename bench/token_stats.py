@@ -193,7 +193,7 @@ def _both(form: Form, leaf: Tensor, labels: Tensor, upstream: Outputs) -> Callab
     return run
 
 
-class _Refilled:
+class Refilled:
     """Logits that are no leaf, as a model's are; filled again before each run, as the gradient overwrites them."""
 
     def __init__(self, logits: Tensor) -> None:
@@ -206,7 +206,7 @@ class _Refilled:
 
 
 def _both_in_place(work: str, logits: Tensor, labels: Tensor, upstream: Outputs) -> Contender:
-    held, form = _Refilled(logits), ours(work, inplace=True)
+    held, form = Refilled(logits), ours(work, inplace=True)
 
     def run() -> Outputs:
         return torch.autograd.grad(form(held.current, labels), held.current, upstream)
@@ -215,7 +215,7 @@ def _both_in_place(work: str, logits: Tensor, labels: Tensor, upstream: Outputs)
 
 
 def _backward_in_place(work: str, logits: Tensor, labels: Tensor, upstream: Outputs) -> Contender:
-    held, form = _Refilled(logits), ours(work, inplace=True)
+    held, form = Refilled(logits), ours(work, inplace=True)
     values: list[Outputs] = []
 
     def prepare() -> None:
