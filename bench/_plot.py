@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench._report import Row, best_ratio, size
+from bench._report import Row, best_ratio, size, variant
 
 FAMILIES = {"compile": ("best torch.compile", "#1b6ca8"), "eager": ("best eager PyTorch", "#e8893b")}
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -140,7 +140,7 @@ def _bar(
 
 
 def _label(row: Row, with_work: bool) -> str:
-    subject = row["subject"].removeprefix("irlfast").lstrip(", ")
-    parts = [size(row), SHORT.get(row["dtype"], row["dtype"]), row["work"] if with_work else "", row["pass"], subject]
+    dtype = SHORT.get(row["dtype"], row["dtype"])
+    parts = [size(row), dtype, row["work"] if with_work else "", row["pass"], variant(row)]
     malloc = "" if row["malloc"] == "tuned" else f"({row['malloc']} malloc)"
     return "  ".join(part for part in [*parts, malloc] if part)

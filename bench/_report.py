@@ -19,6 +19,12 @@ def title(row: Row) -> str:
     return f"{row['line']}: {row['work']}, {size(row)}, {row['dtype']}, {row['pass']}, {row['malloc']} malloc"
 
 
+def variant(row: Row) -> str:
+    """Which of irlfast's ways a row is about; empty for the plain one."""
+    name: str = row["subject"]
+    return name.removeprefix("irlfast").lstrip(", ")
+
+
 def value_text(verdict: Verdict) -> str:
     """The value in the unit of its bar."""
     value, kind = verdict["value"], verdict["kind"]
@@ -104,7 +110,8 @@ def _worst(entry: Mapping[str, Any]) -> str:
     if entry["worst"] is None:
         return "-"
     row, verdict = entry["worst"]
-    return f"{value_text(verdict)} ({size(row)}, {row['dtype']}, {row['pass']}, {row['malloc']}, {row['subject']})"
+    where = [size(row), row["dtype"], row["pass"], variant(row), row["malloc"]]
+    return f"{value_text(verdict)} ({', '.join(filter(None, where))})"
 
 
 def print_summary(rows: Sequence[Row]) -> None:
@@ -130,7 +137,7 @@ def headline(results: Mapping[str, Any]) -> str:
     for row in sorted(rows, key=lambda row: row["line"]):
         ratios = [best_ratio(row, family) for family in ("eager", "compile")]
         if size(row) == first[row["line"], row["work"]] and any(ratio is not None for ratio in ratios):
-            what = row["pass"] + row["subject"].removeprefix("irlfast")
+            what = ", ".join(filter(None, [row["pass"], variant(row)]))
             milli = milliseconds(row["contenders"][row["subject"]]["median_ms"])
             body.append([row["work"], size(row), what, milli, *(_number(ratio, 1) for ratio in ratios)])
     return _table(["work", "shape", "pass", "ms", "x eager", "x torch.compile"], body)
@@ -166,12 +173,12 @@ def _markdown_line(line: str, rows: Sequence[Row]) -> str:
     """One row for each thing measured, the allocator settings side by side where both were."""
     together: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
-        key = (row["work"], size(row), row["dtype"], row["pass"], row["subject"], row["threads"])
+        key = (row["work"], size(row), row["dtype"], row["pass"], variant(row), row["threads"])
         together.setdefault(key, {})[row["malloc"]] = row
     mallocs = [m for m in ("tuned", "default") if any(m in found for found in together.values())]
-    header = ["work", "shape", "dtype", "pass", "", "threads"]
+    header = ["work", "shape", "dtype", "pass", "variant", "threads"]
     for malloc in mallocs:
-        header += [f"ms, {malloc}", "x eager", "x torch.compile", "x best peer", "of the ceiling"]
+        header += [f"{malloc}: ms", "x eager", "x torch.compile", "x best peer", "of the ceiling"]
     header += ["MiB above inputs", "error"]
     body = []
     for key, found in together.items():
@@ -184,7 +191,7 @@ def _markdown_line(line: str, rows: Sequence[Row]) -> str:
         cells.append(_number(max(peaks), 0) if peaks else "")
         cells.append(", ".join(f"{output} {error:.1e}" for output, error in errors.items()))
         body.append(cells)
-    return f"Line {line}\n\n" + _table(header, body)
+    return f"### Line {line}\n\n" + _table(header, body)
 
 
 def _figures(row: Row) -> list[str]:

@@ -154,22 +154,21 @@ def run_lot(lot: Lot, threads: int, settings: Settings, keep: Callable[[list[dic
         "settings": dataclasses.asdict(dataclasses.replace(settings, memory=memory)),
         "cases": [dataclasses.asdict(case) for case in cases],
     }
-    worker = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "bench._worker", json.dumps(config)],
         cwd=ROOT,
         env={**os.environ, **MALLOC_ENVIRONMENT[malloc]},
         stdout=subprocess.PIPE,
         text=True,
-    )
-    try:
+    ) as worker:
         assert worker.stdout is not None
-        for line in worker.stdout:
-            keep(json.loads(line))
-        return worker.wait() == 0
-    finally:
-        if worker.poll() is None:
+        try:
+            for line in worker.stdout:
+                keep(json.loads(line))
+        except BaseException:
             worker.kill()
-            worker.wait()
+            raise
+    return worker.returncode == 0
 
 
 def tests_pass(op: str) -> bool:
