@@ -11,15 +11,17 @@ extern "C" void __tsan_release(void* address);
 namespace irlfast {
 namespace {
 
-// What the threads of a team do between two handovers comes after the one and before the other. The runtime sees to
-// that; ThreadSanitizer cannot look into it and is told.
-inline void hand_over() {
+// A team begins after all that its caller did before, and ends before all that the caller does next. The runtime sees
+// to that; ThreadSanitizer cannot look into it and is told.
+struct Handover {
 #if defined(__SANITIZE_THREAD__)
-  static char team;
-  __tsan_release(&team);
-  __tsan_acquire(&team);
+  void give() { __tsan_release(this); }
+  void take() { __tsan_acquire(this); }
+#else
+  void give() {}
+  void take() {}
 #endif
-}
+};
 
 // Calls task(i) for i in [0, count), in any order; a thread takes `grain` at a time, and more than that is shared out.
 template <typename Task>
@@ -28,15 +30,17 @@ void parallel_for(int64_t count, int64_t grain, int threads, const Task& task) {
     for (int64_t i = 0; i < count; ++i) task(i);
     return;
   }
-  hand_over();
+  // Not in the caller's frame, which the team may not look at before it has taken over.
+  static Handover begin, end;
+  begin.give();
 #pragma omp parallel num_threads(threads)
   {
-    hand_over();
+    begin.take();
 #pragma omp for schedule(dynamic, grain) nowait
     for (int64_t i = 0; i < count; ++i) task(i);
-    hand_over();
+    end.give();
   }
-  hand_over();
+  end.take();
 }
 
 }  // namespace

@@ -1,12 +1,12 @@
 """Matrix products whose sums are float32 whatever the operands are, for the linear ops.
 
-Logits rounded to bfloat16 are wrong by 1e-2 before anything is made of them, and on the CPU torch.mm rounds its result to
-the operands' type. How each pair of operands is multiplied, and how far an element may be off, in units of
+Logits rounded to bfloat16 are wrong by 1e-2 before anything is made of them, and on the CPU torch.mm rounds its result
+to the operands' type. How each pair of operands is multiplied, and how far an element may be off, in units of
 u = 2^-24 times sum_k |a_k b_k|, to first order; K is the number of terms:
 
     float32, float64         torch.mm: its own
     bfloat16, CPU            the native product where the processor has AVX512_BF16: exact products, at most
-                             min(K, 1024) + K / 1024 units, below 1 in practice. An element has the same bits whatever
+                             min(K, 1024) + K / 1024 units, below 8 in practice. An element has the same bits whatever
                              the other rows and columns are, and for any number of threads; subnormal numbers are 0
     bfloat16, float16, CUDA  torch.mm(out_dtype=torch.float32), where torch has it
     anything else            torch.mm of float32 copies, a block at a time: exact products, at most K units
@@ -44,7 +44,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> T
     Args:
         a, b: of one device, and of one type or float32 and a narrower one. Rows or columns adjacent; anything else is
             copied first.
-        out: float32 (float64 for float64 operands), or the operands' own type. Rows do not overlap, nor out the operands.
+        out: float32 (float64 for float64 operands), or narrower. Its rows do not overlap, nor does it a or b.
 
     Returns:
         out.
@@ -57,14 +57,16 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> T
             f"product: shapes {tuple(a.shape)} @ {tuple(b.shape)} -> {tuple(out.shape)}, expected [M, K] @ [K, N] -> "
             "[M, N]"
         )
-    if a.dtype == b.dtype and _multiplies_narrow(a):
-        if a.device.type != "cpu":
-            return _cuda(a, b, out, accumulate)
-        if out.dtype in _NATIVE_OUT and (out.stride(1) == 1 or out.shape[1] == 1):
-            return _bf16_cpu(a, b, out, accumulate)
+    narrow = a.dtype == b.dtype and _multiplies_narrow(a)
+    if narrow and a.device.type != "cpu":
+        return _cuda(a, b, out, accumulate)
+    if narrow and out.dtype in _NATIVE_OUT and (out.stride(1) == 1 or out.shape[1] == 1):
+        return _bf16_cpu(a, b, out, accumulate)
     wide = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
-    if out.dtype != wide:
-        sums = out.to(wide) if accumulate else out.new_empty(out.shape, dtype=wide)
+    if narrow or out.dtype != wide:
+        sums = out.new_empty(out.shape, dtype=wide)
+        if accumulate:
+            sums.copy_(out)
         return out.copy_(product(a, b, sums, accumulate=accumulate))
     if a.dtype == b.dtype == wide:
         return out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)

@@ -8,6 +8,7 @@
 
 #include "irlfast/huge_pages.h"
 #include "isa/bf16_tiles.h"
+#include "parallel.h"
 
 namespace irlfast {
 
@@ -84,16 +85,6 @@ class Scratch {
 
 thread_local Scratch scratch;
 
-template <typename Task>
-void parallel_for(int64_t count, int threads, const Task& task) {
-  if (threads <= 1 || count <= 1) {
-    for (int64_t i = 0; i < count; ++i) task(i);
-    return;
-  }
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int64_t i = 0; i < count; ++i) task(i);
-}
-
 class Product {
  public:
   Product(const Bf16Product& p, int threads)
@@ -133,7 +124,7 @@ class Product {
     const int64_t row_tasks = same_block && row_panel == packed_row_panel_ ? 0 : divide_up(rows, kPackRows);
     const int64_t column_tasks =
         same_block && column_panel == packed_column_panel_ ? 0 : divide_up(columns, kPackColumns);
-    parallel_for(row_tasks + column_tasks, threads_, [&](int64_t task) {
+    parallel_for(row_tasks + column_tasks, 1, threads_, [&](int64_t task) {
       if (task < row_tasks) {
         const int64_t row = task * kPackRows;
         const auto* data = static_cast<const uint16_t*>(p_.a.data);
@@ -170,7 +161,7 @@ class Product {
     // At least four tasks a thread, so that none waits long for the last.
     const int64_t splits = divide_up(4 * threads_, rows.count);
     const Parts columns(panel_columns, std::min(kTaskColumns, divide_up(panel_columns, splits)), kTileColumns);
-    parallel_for(rows.count * columns.count, threads_, [&](int64_t task) {
+    parallel_for(rows.count * columns.count, 1, threads_, [&](int64_t task) {
       const int64_t row = rows.begin(task % rows.count), column = columns.begin(task / rows.count);
       const int64_t end_row = row + rows.extent(task % rows.count);
       const int64_t end_column = column + columns.extent(task / rows.count);

