@@ -1,4 +1,4 @@
-"""importance_weights over groups: each prompt's samples are one."""
+"""importance_weights over groups, each prompt's samples being one: of equal size, and ragged."""
 
 from __future__ import annotations
 
@@ -15,35 +15,63 @@ from irlfast.ops.importance import importance_weights_reference
 Outputs = tuple[Tensor, ...]
 Form = Callable[[Tensor, Tensor], Outputs]
 
-CASES = (
-    Case(op="importance", line="E", work="self-normalised weights in groups", shape=(64, 8), dtype="float32"),
-    Case(op="importance", line="E", work="self-normalised weights in groups", shape=(512, 64), dtype="float32"),
+EQUAL, RAGGED = "self-normalised weights in groups", "self-normalised weights in ragged groups"
+SHAPES = ((64, 8), (512, 64))  # groups x samples (ragged: on average)
+CASES = tuple(
+    Case(op="importance", line="E", work=work, shape=shape, dtype="float32")
+    for work in (EQUAL, RAGGED)
+    for shape in SHAPES
 )
 
 
-def weights(log_target: Tensor, log_proposal: Tensor) -> Outputs:
-    """Of equal groups [G, K], which is all that a softmax over rows can do."""
-    log_ratio = log_target - log_proposal
-    found = log_ratio.softmax(dim=1)
-    return found, log_ratio.logsumexp(dim=1) - math.log(log_ratio.shape[1]), 1 / found.square().sum(dim=1)
+def by_rows(groups: int) -> Form:
+    """A softmax over rows, which is all that equal groups in order need."""
+
+    def form(log_target: Tensor, log_proposal: Tensor) -> Outputs:
+        log_ratio = (log_target - log_proposal).view(groups, -1)
+        weights = log_ratio.softmax(dim=1)
+        log_normalizer = log_ratio.logsumexp(dim=1) - math.log(log_ratio.shape[1])
+        return weights.view(-1), log_normalizer, 1 / weights.square().sum(dim=1)
+
+    return form
+
+
+def by_scatter(ids: Tensor, groups: int) -> Form:
+    """Groups of any size, in any order."""
+
+    def form(log_target: Tensor, log_proposal: Tensor) -> Outputs:
+        log_ratio = log_target - log_proposal
+        zeros = log_ratio.new_zeros(groups)
+        top = log_ratio.new_full((groups,), -math.inf).scatter_reduce(0, ids, log_ratio, "amax")
+        shares = (log_ratio - top[ids]).exp()
+        total = zeros.index_add(0, ids, shares)
+        counts = zeros.index_add(0, ids, torch.ones_like(log_ratio))
+        weights = shares / total[ids]
+        return weights, top + (total / counts).log(), 1 / zeros.index_add(0, ids, weights.square())
+
+    return form
 
 
 def passes(case: Case) -> Iterator[Pass]:
-    """Forward. Groups are of one size, in order; ours is told each sample's group and could have them otherwise."""
+    """Forward."""
     groups, samples = case.shape
-    log_target, log_proposal = torch.randn(groups, samples), torch.randn(groups, samples)
     ids = torch.arange(groups).repeat_interleave(samples)
+    if case.work == RAGGED:
+        ids = torch.cat([torch.arange(groups), torch.randint(groups, (groups * (samples - 1),))])[
+            torch.randperm(len(ids))
+        ]
+    log_target, log_proposal = torch.randn(len(ids)), torch.randn(len(ids))
+    form = by_rows(groups) if case.work == EQUAL else by_scatter(ids, groups)
 
     def ours(log_target: Tensor, log_proposal: Tensor) -> Outputs:
-        found = importance_weights(log_target.view(-1), log_proposal.view(-1), groups=ids)
-        return found.weights.view(groups, samples), found.log_normalizer, found.ess
+        return tuple(importance_weights(log_target, log_proposal, groups=ids))
 
     forms: list[tuple[str, Family, Form]] = [
         (OURS, "ours", ours),
-        ("eager", "eager", weights),
-        ("torch.compile", "compile", torch.compile(weights, fullgraph=True, dynamic=False)),
+        ("eager", "eager", form),
+        ("torch.compile", "compile", torch.compile(form, fullgraph=True, dynamic=False)),
     ]
-    exact = importance_weights_reference(log_target.view(-1), log_proposal.view(-1), groups=ids)
+    exact = importance_weights_reference(log_target, log_proposal, groups=ids)
     yield Pass(
         name="forward",
         contenders=[
@@ -51,11 +79,7 @@ def passes(case: Case) -> Iterator[Pass]:
             for name, family, form in forms
         ],
         bars={OURS: ()},
-        truth=[
-            Truth(name="weights", value=exact.weights.view(groups, samples)),
-            Truth(name="log_normalizer", value=exact.log_normalizer),
-            Truth(name="ess", value=exact.ess),
-        ],
+        truth=[Truth(name=name, value=value) for name, value in exact._asdict().items()],
         tolerance=1e-4,
         nbytes=3 * log_target.nbytes,
         grad=False,
