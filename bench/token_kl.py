@@ -1,41 +1,47 @@
-"""token_kl beside eager PyTorch and torch.compile: the exact divergence from a reference, and the policy's gradient."""
+"""token_kl: line C, the exact divergence from a reference and the policy's gradient.
+
+The reference is near the policy, as in training: its logits differ from the policy's by 0.3 in standard deviation.
+"""
 
 from __future__ import annotations
 
-import argparse
-import shlex
-import statistics
-import sys
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bench._harness import (
-    Contender,
-    copy_contender,
-    measure_under_malloc_settings,
-    paired_ratio,
-    peak_above_inputs,
-    provenance,
-    tests_pass,
-    time_in_turn,
-    write_json,
-)
-from bench.token_stats import print_report
+from bench._case import OURS, Bar, Case, Contender, Family, Pass, Truth
+from bench._ceilings import bandwidth_ceilings
+from bench.token_stats import GRADIENT_ROWS, IN_PLACE, Refilled
 from irlfast.ops import token_kl, token_kl_reference
 
 Form = Callable[[Tensor, Tensor], Tensor]
 
-OURS = "irlfast"
-OURS_INPLACE = "irlfast, gradient in place"
+KINDS = {"reverse KL": "reverse", "forward KL": "forward", "Jensen-Shannon": "js"}
+SHAPES = ((1024, 50304), (512, 151936))
+CASES = (
+    *(
+        Case(op="token_kl", line="C", work="reverse KL", shape=shape, dtype=dtype)
+        for shape in SHAPES
+        for dtype in ("float32", "bfloat16")
+    ),
+    *(
+        Case(op="token_kl", line="C", work=work, shape=SHAPES[0], dtype="float32", mallocs=("tuned",))
+        for work in ("forward KL", "Jensen-Shannon")
+    ),
+)
+LARGEST_ERROR = 2e-7
+
+
+def log_softmaxes(logits: Tensor, ref_logits: Tensor) -> tuple[Tensor, Tensor]:
+    return logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
 
 
 def reverse_by_log_softmax(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """sum exp(log p) (log p - log q)."""
-    log_p, log_q = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
+    log_p, log_q = log_softmaxes(logits, ref_logits)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
@@ -50,26 +56,27 @@ def forward_by_log_softmax(logits: Tensor, ref_logits: Tensor) -> Tensor:
 
 
 def forward_by_kl_div(logits: Tensor, ref_logits: Tensor) -> Tensor:
-    log_p, log_q = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
-    return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+    log_p, log_q = log_softmaxes(logits, ref_logits)
+    return torch.nn.functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
 
 
 def js_by_logaddexp(logits: Tensor, ref_logits: Tensor) -> Tensor:
-    log_p, log_q = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
-    log_m = torch.logaddexp(log_p, log_q) - 0.6931471805599453
+    log_p, log_q = log_softmaxes(logits, ref_logits)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     return ((log_p.exp() * (log_p - log_m)).sum(-1) + (log_q.exp() * (log_q - log_m)).sum(-1)) / 2
 
 
-def js_by_probabilities(logits: Tensor, ref_logits: Tensor) -> Tensor:
-    p, q = logits.float().softmax(-1), ref_logits.float().softmax(-1)
-    m = (p + q) / 2
-    return ((p * (p / m).log()).sum(-1) + (q * (q / m).log()).sum(-1)) / 2
+def js_by_log_mixture(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    log_p, log_q = log_softmaxes(logits, ref_logits)
+    p, q = log_p.exp(), log_q.exp()
+    mixture = (p + q) / 2
+    return ((p * log_p + q * log_q).sum(-1) - 2 * torch.xlogy(mixture, mixture).sum(-1)) / 2
 
 
 FORMS: dict[str, dict[str, Form]] = {
-    "reverse": {"log-softmax form": reverse_by_log_softmax, "lse form": reverse_by_lse},
-    "forward": {"log-softmax form": forward_by_log_softmax, "kl_div form": forward_by_kl_div},
-    "js": {"logaddexp form": js_by_logaddexp, "probability form": js_by_probabilities},
+    "reverse KL": {"log-softmax form": reverse_by_log_softmax, "lse form": reverse_by_lse},
+    "forward KL": {"log-softmax form": forward_by_log_softmax, "kl_div form": forward_by_kl_div},
+    "Jensen-Shannon": {"logaddexp form": js_by_logaddexp, "mixture form": js_by_log_mixture},
 }
 
 
@@ -77,113 +84,81 @@ def ours(kind: Any, inplace: bool = False) -> Form:
     return lambda logits, ref_logits: token_kl(logits, ref_logits, kind=kind, inplace_backward=inplace)
 
 
-def gradient(form: Form, logits: Tensor, ref_logits: Tensor, upstream: Tensor) -> Tensor:
-    return torch.autograd.grad(form(logits, ref_logits), logits, upstream)[0]
-
-
-def assert_right(
-    name: str, kind: str, value: Tensor, gradient_: Tensor, logits: Tensor, ref_logits: Tensor, upstream: Tensor
-) -> None:
-    """Against float64 on some rows; loose enough for every form, tight enough to know a wrong one."""
-    rows = slice(0, 8)
-    leaf = logits[rows].detach().double().requires_grad_()
-    exact = token_kl_reference(leaf, ref_logits[rows].double(), kind=kind)
-    (expected,) = torch.autograd.grad(exact, leaf, upstream[rows].double())
-    torch.testing.assert_close(value[rows].double(), exact.detach(), rtol=1e-4, atol=1e-4, msg=f"{name} is wrong")
-    half = 1e-2 if logits.dtype != torch.float32 else 1e-4
-    torch.testing.assert_close(gradient_[rows].double(), expected, rtol=half, atol=1e-5, msg=f"{name}: wrong gradient")
-
-
-def measure(rows: int, vocab: int, dtype: str, kind: str, rounds: int, threads: int) -> dict[str, Any]:
-    """Seconds, paired ratios, bandwidth and memory of every contender, forward and forward + backward."""
-    torch.manual_seed(0)
-    torch.set_num_threads(threads)
+def passes(case: Case) -> Iterator[Pass]:
+    """Forward, and forward + backward with respect to the policy with a fresh gradient and in place."""
+    rows, vocab = case.shape
+    kind = KINDS[case.work]
     wide = torch.randn(rows, vocab) * 3
-    logits = wide.to(getattr(torch, dtype))
-    ref_logits = (wide + 0.3 * torch.randn(rows, vocab)).to(logits.dtype)
+    logits = wide.to(case.torch_dtype)
+    ref_logits = wide.add_(torch.randn(rows, vocab), alpha=0.3).to(case.torch_dtype)
     del wide
     upstream = torch.randn(rows)
+    forms: list[tuple[str, Family, Form]] = [(OURS, "ours", ours(kind))]
+    for name, form in FORMS[case.work].items():
+        forms.append((f"eager, {name}", "eager", form))
+        forms.append((f"torch.compile, {name}", "compile", torch.compile(form, fullgraph=True, dynamic=False)))
+    nbytes = logits.numel() * logits.element_size()
+    tolerance = 1e-3 if case.dtype == "float32" else 5e-2
+    # Logarithms bound the Jensen-Shannon divergence, not memory: no bar but its error.
+    bars = [
+        Bar(kind="speedup", against="compile", limit=3),
+        Bar(kind="speedup", against="eager", limit=7, malloc="tuned"),
+    ]
+    bars = [] if kind == "js" else bars
+    yield Pass(
+        name="forward",
+        contenders=[
+            *(Contender(name=n, family=family, run=_forward(form, logits, ref_logits)) for n, family, form in forms),
+            *bandwidth_ceilings("read", "copy", nbytes=2 * nbytes),
+        ],
+        bars={OURS: [*bars, Bar(kind="error", against="kl", limit=LARGEST_ERROR)]},
+        truth=[forward_truth(logits, ref_logits, kind)],
+        tolerance=tolerance,
+        nbytes=2 * nbytes,
+        grad=False,
+    )
     leaf = logits.detach().requires_grad_()
-    forms: dict[str, Form] = {OURS: ours(kind)}
-    for name, form in FORMS[kind].items():
-        forms[f"eager, {name}"] = form
-        forms[f"torch.compile, {name}"] = torch.compile(form, fullgraph=True, dynamic=False)
-
-    forward, both = [], []
-    for name, form in forms.items():
-        with torch.no_grad():
-            value = form(logits, ref_logits)
-        assert_right(name, kind, value, gradient(form, leaf, ref_logits, upstream), logits, ref_logits, upstream)
-        forward.append(Contender(name=name, run=_forward(form, logits, ref_logits)))
-        both.append(Contender(name=name, run=_both(form, leaf, ref_logits, upstream)))
-
-    # A tensor that is no leaf, as logits out of a model are; refilled before each run, outside the timing.
-    held: list[Tensor] = [logits.clone().requires_grad_() * 1]
-    inplace = ours(kind, inplace=True)
-    result = gradient(inplace, held[0], ref_logits, upstream)
-    assert result.data_ptr() == held[0].data_ptr()
-    assert_right(OURS_INPLACE, kind, ours(kind)(logits, ref_logits), result, logits, ref_logits, upstream)
-
-    def refill() -> None:
-        held[0] = held[0].detach().copy_(logits).requires_grad_().view_as(logits)
-
-    both.append(
-        Contender(name=OURS_INPLACE, run=lambda: gradient(inplace, held[0], ref_logits, upstream), prepare=refill)
+    yield Pass(
+        name="forward + backward",
+        contenders=[
+            *(Contender(name=n, family=fam, run=_both(form, leaf, ref_logits, upstream)) for n, fam, form in forms),
+            _both_in_place(kind, logits, ref_logits, upstream),
+        ],
+        bars={OURS: bars, IN_PLACE: bars},
+        truth=[gradient_truth(logits, ref_logits, upstream, kind)],
+        tolerance=tolerance,
+        nbytes=5 * nbytes,
     )
 
-    nbytes = logits.numel() * logits.element_size()
-    copy = copy_contender(max(logits.numel(), 1 << 24))
-    copied = 8 * max(logits.numel(), 1 << 24)
-    report = {}
-    # Forward reads both rows, backward reads both and writes one.
-    for name, contenders, passes in (("forward", forward, 2), ("forward + backward", both, 5)):
-        with torch.set_grad_enabled(name != "forward"):
-            memory = {c.name: peak_above_inputs(c) for c in contenders}
-            times = time_in_turn([*contenders, copy], rounds)
-        report[name] = {
-            "copy_gb_per_s": copied / statistics.median(times["copy"]) / 1e9,
-            "contenders": {
-                c.name: {
-                    "median_ms": statistics.median(times[c.name]) * 1e3,
-                    "ratio_to_irlfast": paired_ratio(times, c.name, OURS),
-                    "ratio_to_irlfast_inplace": paired_ratio(times, c.name, OURS_INPLACE) if passes == 5 else None,
-                    "gb_per_s": passes * nbytes / statistics.median(times[c.name]) / 1e9,
-                    "peak_mib_above_inputs": None if (m := memory[c.name]) is None else m / 2**20,
-                }
-                for c in contenders
-            },
-        }
-    return report
+
+def forward_truth(logits: Tensor, ref_logits: Tensor, kind: str) -> Truth:
+    """Every row, a few at a time: float64 needs much memory."""
+    parts = [
+        token_kl_reference(z.double(), r.double(), kind=kind)
+        for z, r in zip(logits.split(64), ref_logits.split(64), strict=True)
+    ]
+    return Truth(name="kl", value=torch.cat(parts))
 
 
-def _forward(form: Form, logits: Tensor, ref_logits: Tensor) -> Callable[[], Any]:
-    return lambda: form(logits, ref_logits)
+def gradient_truth(logits: Tensor, ref_logits: Tensor, upstream: Tensor, kind: str) -> Truth:
+    leaf = logits[GRADIENT_ROWS].double().requires_grad_()
+    exact = token_kl_reference(leaf, ref_logits[GRADIENT_ROWS].double(), kind=kind)
+    (value,) = torch.autograd.grad(exact, leaf, upstream[GRADIENT_ROWS].double())
+    return Truth(name="gradient", value=value, select=GRADIENT_ROWS)
 
 
-def _both(form: Form, leaf: Tensor, ref_logits: Tensor, upstream: Tensor) -> Callable[[], Any]:
-    return lambda: gradient(form, leaf, ref_logits, upstream)
+def _forward(form: Form, logits: Tensor, ref_logits: Tensor) -> Callable[[], tuple[Tensor]]:
+    return lambda: (form(logits, ref_logits),)
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench token_kl", description=__doc__)
-    parser.add_argument("--rows", type=int, default=1024)
-    parser.add_argument("--vocab", type=int, default=50304)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--kind", choices=list(FORMS), default="reverse")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", metavar="FILE", help="write the results there too")
-    arguments = parser.parse_args(argv)
-    if not tests_pass("token_kl"):
-        print("token_kl fails its tests: no figures", file=sys.stderr)
-        return 1
-    command = shlex.join(["python", "-m", "bench", "token_kl", *argv])
-    config = {k: v for k, v in vars(arguments).items() if k != "json"}
-    origin = provenance(command)
-    results = measure_under_malloc_settings("bench.token_kl", config)
-    print(f"{command}\n{origin['machine']}, {arguments.threads} threads, {origin['isa']}, torch {origin['torch']}")
-    print("peak MiB: resident memory of one run above what was there before; ratios: medians of paired rounds")
-    print_report(results)
-    if arguments.json is not None:
-        write_json(arguments.json, {**origin, "config": config, "malloc": results})
-    return 0
+def _both(form: Form, leaf: Tensor, ref_logits: Tensor, upstream: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: torch.autograd.grad(form(leaf, ref_logits), leaf, upstream)
+
+
+def _both_in_place(kind: str, logits: Tensor, ref_logits: Tensor, upstream: Tensor) -> Contender:
+    held, form = Refilled(logits), ours(kind, inplace=True)
+
+    def run() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(form(held.current, ref_logits), held.current, upstream)
+
+    return Contender(name=IN_PLACE, family="ours", run=run, prepare=held.fill)

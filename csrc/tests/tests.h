@@ -2,3 +2,4 @@
 #pragma once
 
 int bf16_product_failures(int& cases);
+int pair_failures(int& cases);

@@ -313,6 +313,7 @@ int main() {
     }
   }
   failures += bf16_product_failures(cases);
+  failures += pair_failures(cases);
   std::printf("%d cases, %d failures\n", cases, failures);
   return failures == 0 ? 0 : 1;
 }

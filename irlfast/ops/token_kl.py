@@ -38,8 +38,8 @@ from irlfast.ops._dispatch import (
 )
 from irlfast.ops._scaling import check_scaling
 from irlfast.ops._token_kl_cpu import STATE, backward_cpu, forward_cpu
+from irlfast.ops._token_stats_checks import check_inplace
 from irlfast.ops._token_stats_cpu import check_row_temperature
-from irlfast.ops.token_stats import _check_inplace
 
 Kind = Literal["reverse", "forward", "js"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -275,7 +275,7 @@ def token_kl(
     _check(logits, ref_logits, kind, js_weight)
     check_scaling("token_kl", temperature, softcap, logits.shape[:-1])
     if inplace_backward:
-        _check_inplace("token_kl", logits)
+        check_inplace("token_kl", logits)
         if logits.untyped_storage().data_ptr() == ref_logits.untyped_storage().data_ptr() and logits.numel() > 0:
             raise ValueError(
                 "token_kl: inplace_backward on logits that share memory with ref_logits, which backward reads; leave "

@@ -129,8 +129,8 @@ IRLFAST_VEC void add_span(Running& running, const T* p, const T* q, int64_t coun
     const int64_t whole = (count - i) / kBlock;
     const int64_t end = i + (whole < kAdditions ? whole : kAdditions) * kBlock;
     for (; i < end; i += kBlock) {
-      load_block(p + i, cap, l);
-      load_block(q + i, cap, r);
+      load_capped(p + i, cap, l);
+      load_capped(q + i, cap, r);
       running.add(l, r);
     }
     running.move_up();
@@ -331,18 +331,18 @@ void differentiate_span(const T* p, const T* q, Out* gradient, int64_t count, co
 
   int64_t i = 0;
   if (kStream) {
-    const int64_t head = unaligned_head<Out, kLanes>(gradient);
-    i = head < count ? head : count;
-    if (i > 0) gradient_of.few(p, q, gradient, i);
+    const int64_t aligned = unaligned_head(gradient), head = aligned < count ? aligned : count;
+    for (; i < head; i += kLanes) {
+      gradient_of.few(p + i, q + i, gradient + i, head - i < kLanes ? head - i : kLanes);
+    }
+    i = head;
   }
   typename Traits<Real>::V l[kVectors], r[kVectors];
   for (; i + kVectors * kLanes <= count; i += kVectors * kLanes) {
-    for (int u = 0; u < kVectors; ++u) {
-      l[u] = load(p + i + u * kLanes);
-      r[u] = load(q + i + u * kLanes);
-    }
+    load_block(p + i, l);
+    load_block(q + i, r);
     gradient_of.apply(l, r);
-    for (int u = 0; u < kVectors; ++u) put<kStream>(gradient + i + u * kLanes, l[u]);
+    store_block<kStream, T>(gradient + i, l);
   }
   for (; i < count; i += kLanes) {
     gradient_of.few(p + i, q + i, gradient + i, count - i < kLanes ? count - i : kLanes);

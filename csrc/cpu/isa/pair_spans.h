@@ -53,6 +53,7 @@ struct PairSpans {
 const PairSpans& pair_spans_baseline();
 const PairSpans& pair_spans_avx2();
 const PairSpans& pair_spans_avx512();
+const PairSpans& pair_spans_avx512_bf16();
 
 const PairSpans& pair_spans(Isa isa);
 

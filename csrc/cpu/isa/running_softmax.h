@@ -10,6 +10,10 @@
 namespace irlfast {
 namespace {
 
+// After this many additions to it a partial sum moves into one of doubles: the rounding error of a sum grows with the
+// number of its terms, and a row has thousands for each lane.
+constexpr int kAdditions = 32;
+
 // A sum in two levels: a vector for each of the block's, and the total of what they held earlier in double.
 template <typename Real, int kVectors>
 struct TwoLevelSum {

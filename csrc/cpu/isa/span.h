@@ -13,10 +13,6 @@
 namespace irlfast {
 namespace {
 
-// After this many additions to it a partial sum moves into one of doubles: the rounding error of a sum grows with the
-// number of its terms, and a row has thousands for each lane.
-constexpr int kAdditions = 32;
-
 // Logits as the statistics see them: after softcap, before the temperature.
 template <typename Real, bool kSoftcap>
 class Cap {
@@ -44,36 +40,30 @@ class Cap {
 
 // A whole block of logits after softcap.
 template <typename T, typename C, typename V, int kVectors>
-IRLFAST_VEC void load_block(const T* logits, const C& cap, V (&block)[kVectors]) {
-  constexpr int kLanes = int(sizeof(V) / sizeof(block[0][0]));
-  for (int u = 0; u < kVectors; ++u) block[u] = cap.value(load(logits + u * kLanes));
+IRLFAST_VEC void load_capped(const T* logits, const C& cap, V (&block)[kVectors]) {
+  load_block(logits, block);
+  for (int u = 0; u < kVectors; ++u) block[u] = cap.value(block[u]);
 }
 
 // The last block, of fewer logits; -inf past them.
 template <typename T, typename C, typename V, int kVectors>
 IRLFAST_VEC void load_rest(const T* logits, int64_t count, const C& cap, V (&block)[kVectors]) {
   using Real = typename Compute<T>::Real;
-  constexpr int kLanes = Traits<Real>::kLanes;
-  T rest[kVectors * kLanes] = {};
+  T rest[kVectors * Traits<Real>::kLanes] = {};
   memcpy(rest, logits, size_t(count) * sizeof(T));
+  load_block(rest, block);
   for (int u = 0; u < kVectors; ++u) {
-    block[u] = cap.value(load(rest + u * kLanes));
-    const auto past = lane_numbers<Real>() >= decltype(+lane_numbers<Real>()[0])(count - u * kLanes);
-    block[u] = past ? broadcast<Real>(-INFINITY) : block[u];
+    const auto position = block_position<T>(u);
+    const auto past = position >= decltype(+position[0])(count);
+    block[u] = past ? broadcast<Real>(-INFINITY) : cap.value(block[u]);
   }
 }
 
-template <bool kStream, typename T, typename V>
-IRLFAST_VEC void put(T* destination, V value) {
-  kStream ? stream(destination, value) : store(destination, value);
-}
-
-// How many elements come before the first address that streamed stores can begin at.
-template <typename T, int kLanes>
+// How many elements come before the first address that streamed blocks can begin at.
+template <typename T>
 IRLFAST_VEC int64_t unaligned_head(const T* destination) {
-  constexpr uintptr_t kBytes = kLanes * sizeof(T);
-  const uintptr_t past = reinterpret_cast<uintptr_t>(destination) % kBytes;
-  return past == 0 ? 0 : int64_t((kBytes - past) / sizeof(T));
+  const uintptr_t past = reinterpret_cast<uintptr_t>(destination) % kVectorBytes;
+  return past == 0 ? 0 : int64_t((kVectorBytes - past) / sizeof(T));
 }
 
 }  // namespace

@@ -96,6 +96,30 @@ IRLFAST_VEC V times_power_of_two(V x, V nearest) {
 }
 #endif
 
+// 2^(n + f), step by step for several vectors together: with one chain of dependent operations after the other, the
+// processor's scheduler fills up with operations that wait.
+template <typename Real, int kVectors, typename V>
+IRLFAST_VEC void two_to_the(const V (&n)[kVectors], const V (&f)[kVectors], V (&result)[kVectors]) {
+  using E = Exp2<Real>;
+  for (int u = 0; u < kVectors; ++u) result[u] = broadcast(E::kQ[0]);
+  for (int k = 1; k < E::kTerms; ++k) {
+    for (int u = 0; u < kVectors; ++u) result[u] = fma(result[u], f[u], broadcast(E::kQ[k]));
+  }
+  for (int u = 0; u < kVectors; ++u) result[u] = fma(result[u], f[u], broadcast<Real>(1));
+  for (int u = 0; u < kVectors; ++u) result[u] = times_power_of_two<Real>(result[u], n[u]);
+}
+
+// 2^t for t <= 127 (float) or 1023 (double); exactly 0 at and below kLowest, -inf included. The t come back limited to
+// kLowest, so that their product with the result is never 0 * inf.
+template <typename Real, int kVectors, typename V>
+IRLFAST_VEC void exp2_limited(V (&t)[kVectors], V (&result)[kVectors]) {
+  V f[kVectors], n[kVectors];
+  for (int u = 0; u < kVectors; ++u) t[u] = max(broadcast<Real>(Exp2<Real>::kLowest), t[u]);
+  for (int u = 0; u < kVectors; ++u) n[u] = nearest<Real>(t[u]);
+  for (int u = 0; u < kVectors; ++u) f[u] = t[u] - integer<Real>(n[u]);
+  two_to_the<Real>(n, f, result);
+}
+
 // A factor for exp_limited: log2(e) times another one.
 template <typename Real>
 struct Scale {
@@ -110,21 +134,14 @@ struct Scale {
 
 // exp of a times what the scale was made of, for a at most a little above 0; exactly 0 far below it, -inf included. The
 // a come back limited, so that their product with the result is never 0 * inf. The fraction of the exponent of two is
-// taken before that exponent is rounded. Several vectors step by step together: with one chain of dependent operations
-// after the other, the processor's scheduler fills up with operations that wait.
+// taken before that exponent is rounded.
 template <typename Real, int kVectors, typename V>
 IRLFAST_VEC void exp_limited(V (&a)[kVectors], const Scale<Real>& scale, V (&result)[kVectors]) {
-  using E = Exp2<Real>;
   V f[kVectors], n[kVectors];
   for (int u = 0; u < kVectors; ++u) a[u] = max(scale.lowest, a[u]);
   for (int u = 0; u < kVectors; ++u) n[u] = nearest<Real>(a[u] * scale.factor);
   for (int u = 0; u < kVectors; ++u) f[u] = fma(a[u], scale.factor, -integer<Real>(n[u]));
-  for (int u = 0; u < kVectors; ++u) result[u] = broadcast(E::kQ[0]);
-  for (int k = 1; k < E::kTerms; ++k) {
-    for (int u = 0; u < kVectors; ++u) result[u] = fma(result[u], f[u], broadcast(E::kQ[k]));
-  }
-  for (int u = 0; u < kVectors; ++u) result[u] = fma(result[u], f[u], broadcast<Real>(1));
-  for (int u = 0; u < kVectors; ++u) result[u] = times_power_of_two<Real>(result[u], n[u]);
+  two_to_the<Real>(n, f, result);
 }
 
 template <typename Real>
