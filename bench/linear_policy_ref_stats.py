@@ -13,7 +13,13 @@ from torch import Tensor
 from bench._case import OURS, Bar, Case, Contender, Family, Pass, Truth
 from bench._ceilings import product_ceilings
 from bench.linear_token_stats import CHECKED_ROWS, DW, DX, FORWARD, MEMORY_BAR, SHAPES
-from irlfast.ops import PolicyRefStats, linear_policy_ref_stats, linear_policy_ref_stats_reference
+from irlfast.ops import (
+    PolicyRefStats,
+    linear_policy_ref_stats,
+    linear_policy_ref_stats_reference,
+    token_kl_reference,
+    token_stats_reference,
+)
 
 Outputs = tuple[Tensor, ...]
 Form = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Outputs]
@@ -94,7 +100,10 @@ def passes(case: Case) -> Iterator[Pass]:
                 *product_ceilings(hidden, weight, gradients=len(leaves)),
             ],
             bars={OURS: [Bar(kind="overrun", against=products, limit=1.12), *memory]},
-            truth=[hidden_gradient_truth(inputs, upstream)],
+            truth=[
+                hidden_gradient_truth(inputs, upstream),
+                *([weight_gradient_truth(inputs, upstream)] if len(leaves) > 1 else []),
+            ],
             tolerance=tolerance,
             flop=flop * (4 + len(leaves)),
         )
@@ -135,3 +144,21 @@ def hidden_gradient_truth(inputs: tuple[Tensor, ...], upstream: list[Tensor]) ->
     outputs = [getattr(exact, name) for name in TRAINED]
     (value,) = torch.autograd.grad(outputs, leaf, [g[CHECKED_ROWS].double() for g in upstream])
     return Truth(name="dX", value=value, select=CHECKED_ROWS)
+
+
+def weight_gradient_truth(inputs: tuple[Tensor, ...], upstream: list[Tensor]) -> Truth:
+    """Some labels' rows of dW, which sum over all rows of the logits."""
+    hidden, weight, ref_hidden, ref_weight, labels = inputs
+    chosen = labels[:64].unique()
+    wide, ref_wide = weight.double(), ref_weight.double()
+    leaf = wide[chosen].requires_grad_()
+    value = torch.zeros_like(leaf)
+    for rows in torch.arange(len(labels)).split(64):
+        x = hidden[rows].double()
+        logits = (x @ wide.T).index_copy(1, chosen, x @ leaf.T)
+        ref_logits = ref_hidden[rows].double() @ ref_wide.T
+        stats = token_stats_reference(logits, labels[rows])
+        divergences = [token_kl_reference(logits, ref_logits, kind=kind) for kind in ("reverse", "forward")]
+        exact = [stats.logprob, stats.entropy, *divergences]
+        value += torch.autograd.grad(exact, leaf, [g[rows].double() for g in upstream])[0]
+    return Truth(name="dW", value=value, select=chosen)

@@ -90,7 +90,7 @@ def passes(case: Case) -> Iterator[Pass]:
     kind = KINDS[case.work]
     wide = torch.randn(rows, vocab) * 3
     logits = wide.to(case.torch_dtype)
-    ref_logits = wide.add_(torch.randn(rows, vocab), alpha=0.3).to(case.torch_dtype)
+    ref_logits = (wide + 0.3 * torch.randn(rows, vocab)).to(case.torch_dtype)
     del wide
     upstream = torch.randn(rows)
     forms: list[tuple[str, Family, Form]] = [(OURS, "ours", ours(kind))]

@@ -304,11 +304,7 @@ class PairGradient {
 
   template <typename Out>
   void few(const T* p, const T* q, Out* gradient, int64_t count) const {
-    T buffer[kLanes] = {};
-    memcpy(buffer, p, size_t(count) * sizeof(T));
-    V l[1] = {load(buffer)};
-    memcpy(buffer, q, size_t(count) * sizeof(T));
-    V r[1] = {load(buffer)};
+    V l[1] = {load_few<T, kLanes>(p, count)}, r[1] = {load_few<T, kLanes>(q, count)};
     apply(l, r);
     Out result[kLanes];
     store(result, l[0]);

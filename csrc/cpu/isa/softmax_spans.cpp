@@ -273,9 +273,7 @@ class Gradient {
   template <typename Out>
   void few(const T* logits, Out* gradient, int64_t count) const {
     constexpr int kLanes = Traits<Real>::kLanes;
-    T buffer[kLanes] = {};
-    memcpy(buffer, logits, size_t(count) * sizeof(T));
-    V x[1] = {load(buffer)};
+    V x[1] = {load_few<T, kLanes>(logits, count)};
     apply(x);
     Out result[kLanes];
     store(result, x[0]);

@@ -59,6 +59,15 @@ IRLFAST_VEC void load_rest(const T* logits, int64_t count, const C& cap, V (&blo
   }
 }
 
+// Fewer elements than a vector has lanes, the first one in those that are left: what stands there is thrown away, and
+// must not overflow on the way.
+template <typename T, int kLanes>
+IRLFAST_VEC auto load_few(const T* logits, int64_t count) {
+  T buffer[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) buffer[lane] = logits[lane < count ? lane : 0];
+  return load(buffer);
+}
+
 // How many elements come before the first address that streamed blocks can begin at.
 template <typename T>
 IRLFAST_VEC int64_t unaligned_head(const T* destination) {
