@@ -15,10 +15,10 @@ LIMIT_COLOR = "#c00000"
 
 
 def draw(results: Mapping[str, Any], path: str) -> None:
-    """Draws the rows as PNG: of each line the allocator setting "tuned" where it was measured.
+    """Draws as PNG the rows held against rivals or bare products, under the "tuned" allocator where that was measured.
 
     Raises:
-        ValueError: no row has such a limit and what it is about.
+        ValueError: there are none.
     """
     import matplotlib
 
