@@ -118,7 +118,7 @@ def exact_run(inputs: Problem, upstream: Tensor, mode: str, **options: Any) -> R
 
 
 def assert_close_to_exact(result: Run, inputs: Problem, upstream: Tensor, mode: str, **options: Any) -> None:
-    """Statistics as good as from float32 logits whatever the inputs' type, gradients as good as eager's in that type."""
+    """Statistics as good as from float32 logits whatever the inputs' type, gradients as eager's in that type."""
     dtype = inputs.hidden.dtype
     wide = dtype == torch.float64
     exact = exact_run(inputs, upstream, mode, **options)
