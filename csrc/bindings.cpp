@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "irlfast/bf16_product.h"
 #include "irlfast/dtype.h"
 #include "irlfast/huge_pages.h"
 #include "irlfast/isa.h"
@@ -52,6 +53,7 @@ py::dict build_info() {
   info["isas_built"] = built;
   info["isas_usable"] = usable;
   info["isa"] = irlfast::isa_name(irlfast::best_isa());
+  info["bf16_product"] = irlfast::bf16_product_available();
   info["cuda_built"] = bool(IRLFAST_CUDA_BUILT);
   info["cuda_compiler"] = IRLFAST_CUDA_COMPILER;
   info["cuda_architectures"] = split(IRLFAST_CUDA_ARCHITECTURES);
@@ -241,6 +243,48 @@ int64_t first_invalid_label(uintptr_t labels, int64_t count, int64_t vocab, int6
   return irlfast::first_invalid_label(pointer<const int64_t>(labels, "labels"), count, vocab, ignore_index);
 }
 
+irlfast::Bf16Matrix parse_bf16_matrix(uintptr_t data, const std::tuple<int64_t, int64_t>& strides, bool empty,
+                                      const char* name) {
+  irlfast::Bf16Matrix matrix;
+  std::tie(matrix.row_stride, matrix.column_stride) = strides;
+  if (matrix.row_stride != 1 && matrix.column_stride != 1) {
+    throw std::invalid_argument(std::string(name) + " has strides (" + std::to_string(matrix.row_stride) + ", " +
+                                std::to_string(matrix.column_stride) + "), expected one of them to be 1");
+  }
+  if (!empty) matrix.data = pointer<const void>(data, name);
+  return matrix;
+}
+
+void bf16_product(uintptr_t a, const std::tuple<int64_t, int64_t>& a_strides, uintptr_t b,
+                  const std::tuple<int64_t, int64_t>& b_strides, uintptr_t out, int64_t out_stride, int out_dtype,
+                  const std::tuple<int64_t, int64_t, int64_t>& shape, bool accumulate, int threads) {
+  irlfast::Bf16Product product;
+  std::tie(product.rows, product.columns, product.depth) = shape;
+  if (product.rows < 0 || product.columns < 0 || product.depth < 0) {
+    throw std::invalid_argument("shape has a negative extent");
+  }
+  const irlfast::DType dtype = parse_dtype(out_dtype);
+  if (dtype != irlfast::DType::kFloat32 && dtype != irlfast::DType::kBFloat16) {
+    throw std::invalid_argument("out_dtype code " + std::to_string(out_dtype) + " is neither float32 nor bfloat16");
+  }
+  if (!irlfast::bf16_product_available()) {
+    throw std::runtime_error("bf16_product needs AVX512_BF16, in the compiler and in the processor");
+  }
+  if (product.rows == 0 || product.columns == 0) return;
+  if (product.rows > 1 && out_stride < product.columns) {
+    throw std::invalid_argument("out_stride = " + std::to_string(out_stride) + " is below the " +
+                                std::to_string(product.columns) + " columns: rows of out overlap");
+  }
+  product.a = parse_bf16_matrix(a, a_strides, product.depth == 0, "a");
+  product.b = parse_bf16_matrix(b, b_strides, product.depth == 0, "b");
+  product.out = pointer<void>(out, "out");
+  product.out_stride = out_stride;
+  product.out_bf16 = dtype == irlfast::DType::kBFloat16;
+  product.accumulate = accumulate;
+  py::gil_scoped_release release;
+  irlfast::bf16_product(product, threads);
+}
+
 void advise_huge_pages(uintptr_t data, int64_t bytes) {
   irlfast::advise_huge_pages(reinterpret_cast<void*>(data), bytes);
 }
@@ -261,6 +305,12 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
         "What was compiled: version, compiler, instruction sets (built, usable here, selected), CUDA, sanitizers.");
   m.def("advise_huge_pages", &advise_huge_pages, py::arg("data"), py::arg("bytes"),
         "Ask for huge pages for the untouched whole pages inside a range.");
+  m.def("bf16_product_available", &irlfast::bf16_product_available,
+        "Whether bf16_product was compiled and the processor has AVX512_BF16.");
+  m.def("bf16_product", &bf16_product, py::arg("a"), py::arg("a_strides"), py::arg("b"), py::arg("b_strides"),
+        py::arg("out"), py::arg("out_stride"), py::arg("out_dtype"), py::arg("shape"), py::arg("accumulate"),
+        py::arg("threads"),
+        "out [M, N] = or += a [M, K] b [K, N], bfloat16 operands and float32 sums; shape (M, N, K).");
   m.def("first_invalid_label", &first_invalid_label, py::arg("labels"), py::arg("count"), py::arg("vocab"),
         py::arg("ignore_index"), "Position of the first label that is neither in [0, vocab) nor ignore_index, or -1.");
   m.def("token_stats_forward", &token_stats_forward, py::arg("logits"), py::arg("dtype"), py::arg("layout"),

@@ -5,6 +5,19 @@ DTYPES: dict[str, int]
 
 def build_info() -> dict[str, Any]: ...
 def advise_huge_pages(data: int, bytes: int) -> None: ...
+def bf16_product_available() -> bool: ...
+def bf16_product(
+    a: int,
+    a_strides: tuple[int, int],
+    b: int,
+    b_strides: tuple[int, int],
+    out: int,
+    out_stride: int,
+    out_dtype: int,
+    shape: tuple[int, int, int],
+    accumulate: bool,
+    threads: int,
+) -> None: ...
 def first_invalid_label(labels: int, count: int, vocab: int, ignore_index: int) -> int: ...
 def token_stats_forward(
     logits: int,

@@ -8,6 +8,7 @@
 #include "irlfast/online_softmax.h"
 #include "irlfast/token_stats.h"
 #include "isa/softmax_spans.h"
+#include "parallel.h"
 
 namespace irlfast {
 namespace {
@@ -108,16 +109,9 @@ class Rows {
   Statistic row_temperature_;
 };
 
-// Calls task(i) for i in [0, count), in any order; each task stands for `cost` logits.
-template <typename Task>
-void parallel_for(int64_t count, int64_t cost, int threads, const Task& task) {
-  if (threads <= 1 || count <= 1 || count * cost < kSerial) {
-    for (int64_t i = 0; i < count; ++i) task(i);
-    return;
-  }
-  const int64_t grain = std::max<int64_t>(1, kSerial / std::max<int64_t>(1, cost));
-#pragma omp parallel for num_threads(threads) schedule(dynamic, grain)
-  for (int64_t i = 0; i < count; ++i) task(i);
+// How many tasks of `cost` logits each are worth a thread.
+inline int64_t task_grain(int64_t cost) {
+  return std::max<int64_t>(1, kSerial / std::max<int64_t>(1, cost));
 }
 
 }  // namespace

@@ -28,7 +28,7 @@ class Forward {
   void run(int threads) const {
     const int64_t pieces = rows_.pieces();
     if (!share_out_pieces(rows_, threads)) {
-      parallel_for(rows_.count(), rows_.input().vocab, threads, [&](int64_t row) {
+      parallel_for(rows_.count(), task_grain(rows_.input().vocab), threads, [&](int64_t row) {
         if (rows_.ignored(row)) return write_ignored(row);
         OnlineSoftmax<double> state = rows_.summarise_piece(row, 0, bool(entropy_));
         for (int64_t piece = 1; piece < pieces; ++piece) {
@@ -40,7 +40,7 @@ class Forward {
       return;
     }
     std::vector<OnlineSoftmax<double>> states(size_t(rows_.count() * pieces), online_softmax_empty<double>());
-    parallel_for(rows_.count() * pieces, std::min(kPiece, rows_.input().vocab), threads, [&](int64_t i) {
+    parallel_for(rows_.count() * pieces, task_grain(std::min(kPiece, rows_.input().vocab)), threads, [&](int64_t i) {
       if (!rows_.ignored(i / pieces)) states[size_t(i)] = rows_.summarise_piece(i / pieces, i % pieces, bool(entropy_));
     });
     for (int64_t row = 0; row < rows_.count(); ++row) {
@@ -111,12 +111,12 @@ class Backward {
   void run(int threads) const {
     const int64_t pieces = rows_.pieces();
     if (share_out_pieces(rows_, threads)) {
-      parallel_for(rows_.count() * pieces, std::min(kPiece, rows_.input().vocab), threads, [&](int64_t i) {
+      parallel_for(rows_.count() * pieces, task_grain(std::min(kPiece, rows_.input().vocab)), threads, [&](int64_t i) {
         const int64_t begin = (i % pieces) * kPiece;
         differentiate(i / pieces, begin, std::min(begin + kPiece, rows_.input().vocab));
       });
     } else {
-      parallel_for(rows_.count(), rows_.input().vocab, threads,
+      parallel_for(rows_.count(), task_grain(rows_.input().vocab), threads,
                    [&](int64_t row) { differentiate(row, 0, rows_.input().vocab); });
     }
   }

@@ -14,6 +14,7 @@
 #include "irlfast/huge_pages.h"
 #include "irlfast/isa.h"
 #include "irlfast/online_softmax.h"
+#include "tests.h"
 
 namespace {
 
@@ -311,6 +312,7 @@ int main() {
       if (dtype == 0) run({DType(dtype), isa, 1, rows, vocab, 0, 1, 0.0, false, false, false, 2}, random);
     }
   }
+  failures += bf16_product_failures(cases);
   std::printf("%d cases, %d failures\n", cases, failures);
   return failures == 0 ? 0 : 1;
 }

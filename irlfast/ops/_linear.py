@@ -153,7 +153,7 @@ def sweep(
     running[0] = -torch.inf
     size = min(block, count) * head.width
     scratch = hidden.new_empty(size if kept is None else 0, dtype=dtype)
-    narrow = operand_dtype(hidden.dtype)
+    narrow = operand_dtype(hidden)
     factors = scratch if narrow == dtype else hidden.new_empty(0 if expected is None else size, dtype=narrow)
     if expected is not None:
         expected.zero_()
@@ -231,7 +231,7 @@ def pull(
     count = hidden.shape[0]
     dtype = statistics_dtype(hidden.dtype)
     block = head.block(dtype)
-    narrow = operand_dtype(hidden.dtype)
+    narrow = operand_dtype(hidden)
     size = min(block, count) * head.width
     scratch = hidden.new_empty(size if kept is None else 0, dtype=dtype)
     # Kept logits are not written over: backward may run again, and a block that stays in cache is quicker to write.

@@ -1,0 +1,4 @@
+// Tests of the standalone driver that lie in files of their own. Each adds up its cases and returns its failures.
+#pragma once
+
+int bf16_product_failures(int& cases);
