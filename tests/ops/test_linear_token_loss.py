@@ -54,7 +54,7 @@ class TokenTerms:
     """A loss of all three statistics, with a weight and a curvature of its own for each row."""
 
     def __init__(self, rows: int, seed: int = 0) -> None:
-        self.weights = torch.randn(3, rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        self.weights = torch.randn(3, rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.1
         self.given: list[Tensor] = []
 
     def __call__(self, stats: TokenStats, rows: Tensor) -> Tensor:
@@ -101,14 +101,13 @@ def assert_close_to_exact(result: Run, inputs: Problem, loss: TokenTerms, **opti
     scale = float(loss.weights.abs().sum())
     assert result.loss.dtype == (torch.float64 if wide else torch.float32)
     assert error(result.loss, exact.loss) <= error(plain.loss, exact.loss) + tolerance * scale
-    # Where 16-bit operands are multiplied as such, the logits' gradient is rounded to them, as it would be in eager.
-    rounding = torch.finfo(inputs.hidden.dtype).eps if inputs.hidden.dtype.itemsize == 2 else 0.0
+    # The logits' gradient is rounded where bfloat16 is multiplied as such, as it is in eager.
+    rounding = 1e-2 if inputs.hidden.dtype == torch.bfloat16 else 0.0
     for name, truth in exact.gradients.items():
         value = result.gradients[name]
         assert value.dtype == inputs.hidden.dtype
         assert value.shape == truth.shape
-        bound = error(plain.gradients[name], truth) + (tolerance + rounding) * max(1.0, float(truth.abs().max()))
-        assert error(value, truth) <= bound, name
+        assert error(value, truth) <= error(plain.gradients[name], truth) + max(tolerance, rounding), name
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0], ids=["", "softcap"])

@@ -135,7 +135,9 @@ def assert_close_to_exact(result: Run, inputs: Problem, upstream: Tensor, mode: 
         value = result.gradients[name]
         assert value.dtype == dtype
         assert value.shape == truth.shape
-        assert error(value, truth) <= error(same_dtype.gradients[name], truth) + tolerance, name
+        # The logits' gradient is rounded where bfloat16 is multiplied as such, as it is in eager.
+        rounding = 1e-2 if dtype == torch.bfloat16 else 0.0
+        assert error(value, truth) <= error(same_dtype.gradients[name], truth) + max(tolerance, rounding), name
 
 
 @pytest.mark.parametrize("row_temperature", [False, True], ids=["temperature", "row temperature"])
@@ -1003,6 +1005,7 @@ print(json.dumps({"peak": peak, "gradients": sum(s.nbytes for s in sources)}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc")
 @pytest.mark.parametrize("mode", ["recompute", "frozen"])
 def test_peak_memory(mode: str) -> None:
