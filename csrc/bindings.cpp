@@ -128,8 +128,8 @@ void token_stats_forward(uintptr_t logits, int dtype, const Layout& layout, int6
   irlfast::TokenStatsOutput output;
   if (labels_per_row > 0) output.logprob = pointer<void>(logprob, "logprob");
   output.entropy = reinterpret_cast<void*>(entropy);
-  output.lse = pointer<void>(lse, "lse");
-  output.state = pointer<void>(state, "state");
+  output.lse = reinterpret_cast<void*>(lse);
+  output.state = reinterpret_cast<void*>(state);
   py::gil_scoped_release release;
   irlfast::token_stats_forward(input, output, threads, selected);
 }
@@ -317,7 +317,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
         py::arg("vocab"), py::arg("labels"), py::arg("labels_per_row"), py::arg("ignore_index"), py::arg("temperature"),
         py::arg("row_temperature"), py::arg("softcap"), py::arg("logprob"), py::arg("entropy"), py::arg("lse"),
         py::arg("state"), py::arg("threads"), py::arg("isa"),
-        "Write log-prob, entropy (address 0: not wanted), log-sum-exp and what the gradient needs.");
+        "Write log-prob, entropy, log-sum-exp and what the gradient needs (address 0: not wanted, but for log-prob).");
   m.def("token_stats_backward", &token_stats_backward, py::arg("logits"), py::arg("dtype"), py::arg("layout"),
         py::arg("vocab"), py::arg("labels"), py::arg("labels_per_row"), py::arg("ignore_index"), py::arg("temperature"),
         py::arg("row_temperature"), py::arg("softcap"), py::arg("state"), py::arg("grad_logprob"),

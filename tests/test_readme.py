@@ -222,7 +222,7 @@ def test_each_benchmark_it_names_exists() -> None:
     shown = [arguments[2] for arguments in commands(".venv/bin/python") if arguments[:2] == ["-m", "bench"]]
     assert shown
     for op in shown:
-        assert (ROOT / "bench" / f"{op}.py").is_file()
+        assert op == "all" or (ROOT / "bench" / f"{op}.py").is_file()
 
 
 def test_each_install_command_names_extras_that_exist() -> None:

@@ -71,7 +71,7 @@ class Forward {
       logprob_.set(row * input.labels_per_row + k, logprob);
     }
     if (entropy_) entropy_.set(row, entropy);
-    lse_.set(row, state.max * inverse_temperature + log_sum);
+    if (lse_) lse_.set(row, state.max * inverse_temperature + log_sum);
     write_state(row, state.max, state.others, entropy);
   }
 
@@ -79,11 +79,12 @@ class Forward {
     const int64_t per_row = rows_.input().labels_per_row;
     for (int64_t k = 0; k < per_row; ++k) logprob_.set(row * per_row + k, 0.0);
     if (entropy_) entropy_.set(row, 0.0);
-    lse_.set(row, 0.0);
+    if (lse_) lse_.set(row, 0.0);
     write_state(row, 0.0, 0.0, 0.0);
   }
 
   void write_state(int64_t row, double max, double others, double entropy) const {
+    if (!state_) return;
     state_.set(row, max);
     state_.set(rows_.count() + row, others);
     state_.set(2 * rows_.count() + row, entropy);

@@ -192,6 +192,18 @@ def test_an_element_has_the_same_bits_whatever_is_around_it(
 
 
 @needs_native
+def test_another_order_of_additions_would_show() -> None:
+    """What the test above relies on: sums cut elsewhere along K have other bits."""
+    torch.manual_seed(6)
+    a, b = matrix(40, 300), matrix(300, 50)
+    whole = product(a, b, torch.empty(40, 50))
+    halves = product(a[:, :150], b[:150], torch.empty(40, 50))
+    product(a[:, 150:], b[150:], halves, accumulate=True)
+    assert not torch.equal(whole, halves)
+    torch.testing.assert_close(whole, halves)
+
+
+@needs_native
 def test_scratch_stays_below_8_mib(tmp_path: Path) -> None:
     """In a fresh process: the largest panels, those beside sums in float32, and then nothing more."""
     status = Path("/proc/self/status")

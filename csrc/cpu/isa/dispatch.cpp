@@ -5,6 +5,8 @@ namespace irlfast {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::kAvx512Bf16:
+      return "avx512_bf16";
     case Isa::kAvx512:
       return "avx512";
     case Isa::kAvx2:
@@ -21,6 +23,9 @@ std::vector<Isa> built_isas() {
 #endif
 #ifdef IRLFAST_HAVE_AVX512
   isas.push_back(Isa::kAvx512);
+#endif
+#ifdef IRLFAST_HAVE_AVX512_BF16
+  isas.push_back(Isa::kAvx512Bf16);
 #endif
   return isas;
 }
@@ -44,19 +49,30 @@ bool isa_runs_here(Isa isa) {
 #else
       return false;
 #endif
+    case Isa::kAvx512Bf16:
+#ifdef IRLFAST_HAVE_AVX512_BF16
+      return isa_runs_here(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
+#else
+      return false;
+#endif
   }
   return false;
 }
 
 Isa best_isa() {
-  static const Isa best = isa_runs_here(Isa::kAvx512) ? Isa::kAvx512
-                          : isa_runs_here(Isa::kAvx2) ? Isa::kAvx2
-                                                      : Isa::kBaseline;
+  static const Isa best = isa_runs_here(Isa::kAvx512Bf16) ? Isa::kAvx512Bf16
+                          : isa_runs_here(Isa::kAvx512)   ? Isa::kAvx512
+                          : isa_runs_here(Isa::kAvx2)     ? Isa::kAvx2
+                                                          : Isa::kBaseline;
   return best;
 }
 
 const SoftmaxSpans& softmax_spans(Isa isa) {
   switch (isa) {
+#ifdef IRLFAST_HAVE_AVX512_BF16
+    case Isa::kAvx512Bf16:
+      return softmax_spans_avx512_bf16();
+#endif
 #ifdef IRLFAST_HAVE_AVX512
     case Isa::kAvx512:
       return softmax_spans_avx512();

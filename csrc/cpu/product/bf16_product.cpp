@@ -68,13 +68,12 @@ class Scratch {
     std::free(data_);
     data_ = nullptr;
     bytes_ = 0;
-    // The size of a huge page, so that the packed panels take few entries of the address cache.
-    constexpr int64_t kAlignment = int64_t(2) << 20;
-    const int64_t rounded = divide_up(bytes, kAlignment) * kAlignment;
-    data_ = static_cast<char*>(std::aligned_alloc(size_t(kAlignment), size_t(rounded)));
-    if (data_ == nullptr) throw std::bad_alloc();
-    bytes_ = rounded;
-    advise_huge_pages(data_, rounded);
+    // Aligned to huge pages, so that the packed panels take few entries of the address cache.
+    void* data = nullptr;
+    if (posix_memalign(&data, size_t(2) << 20, size_t(bytes)) != 0) throw std::bad_alloc();
+    data_ = static_cast<char*>(data);
+    bytes_ = bytes;
+    advise_huge_pages(data_, bytes);
     return data_;
   }
 
@@ -115,7 +114,7 @@ class Product {
   }
 
  private:
-  // Packs what the last call has not left packed.
+  // Packs what the step before has not left packed.
   void pack(int64_t row_panel, int64_t column_panel, int64_t block) {
     const int64_t first_row = row_panels_.begin(row_panel), rows = row_panels_.extent(row_panel);
     const int64_t first_column = column_panels_.begin(column_panel), columns = column_panels_.extent(column_panel);
