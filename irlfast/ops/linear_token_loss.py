@@ -159,7 +159,7 @@ def _differentiate(loss: TokenLoss, stats: TokenStats, numbers: Tensor) -> tuple
     return value.detach(), Upstream(*gradients)
 
 
-def _run_native(
+def _run_in_blocks(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -205,7 +205,7 @@ def _run_reference(
 
 
 IMPLEMENTATIONS = {
-    "cpu": Implementation(run=_run_native, unavailable=cpu_kernel_unavailable),
+    "cpu": Implementation(run=_run_in_blocks, unavailable=cpu_kernel_unavailable),
     "cuda": not_in_this_release("CUDA"),
     "triton": not_in_this_release("Triton"),
     "reference": Implementation(run=_run_reference, unavailable=lambda tensor: None),

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -451,10 +452,10 @@ def test_compiled_callers_leave_it_alone() -> None:
     torch.testing.assert_close(torch.autograd.grad(value, leaf), torch.autograd.grad(expected, leaf))
 
 
-def test_importing_the_ops_does_not_import_the_compiler() -> None:
+def test_importing_the_ops_does_not_import_the_compiler(tmp_path: Path) -> None:
     """Which takes seconds."""
     code = "import sys, irlfast.ops; sys.exit('torch._dynamo' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=tmp_path).returncode == 0
 
 
 class ForgetsTheLabel(CpuEpilogue):
