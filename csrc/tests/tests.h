@@ -2,3 +2,4 @@
 #pragma once
 
 int bf16_product_failures(int& cases);
+int linear_token_stats_failures(int& cases);
