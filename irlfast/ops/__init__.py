@@ -4,17 +4,20 @@ from irlfast.ops.importance import ImportanceWeights, importance_weights
 from irlfast.ops.kl_estimate import kl_estimate
 from irlfast.ops.linear_token_loss import linear_token_loss
 from irlfast.ops.linear_token_stats import linear_token_stats, linear_token_stats_reference
+from irlfast.ops.policy_terms import PolicyTerms, policy_terms
 from irlfast.ops.sequence import sequence_logprobs
 from irlfast.ops.token_stats import TokenStats, token_logprobs, token_stats, token_stats_reference
 
 __all__ = [
     "ImportanceWeights",
+    "PolicyTerms",
     "TokenStats",
     "importance_weights",
     "kl_estimate",
     "linear_token_loss",
     "linear_token_stats",
     "linear_token_stats_reference",
+    "policy_terms",
     "sequence_logprobs",
     "token_logprobs",
     "token_stats",

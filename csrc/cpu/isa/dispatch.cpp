@@ -1,4 +1,6 @@
 #include "irlfast/isa.h"
+#include "isa/policy_spans.h"
+#include "isa/sequence_spans.h"
 #include "isa/softmax_spans.h"
 
 namespace irlfast {
@@ -83,6 +85,36 @@ const SoftmaxSpans& softmax_spans(Isa isa) {
 #endif
     default:
       return softmax_spans_baseline();
+  }
+}
+
+const SequenceSpans& sequence_spans(Isa isa) {
+  switch (isa) {
+#ifdef IRLFAST_HAVE_AVX512
+    case Isa::kAvx512:
+      return sequence_spans_avx512();
+#endif
+#ifdef IRLFAST_HAVE_AVX2
+    case Isa::kAvx2:
+      return sequence_spans_avx2();
+#endif
+    default:
+      return sequence_spans_baseline();
+  }
+}
+
+const PolicySpans& policy_spans(Isa isa) {
+  switch (isa) {
+#ifdef IRLFAST_HAVE_AVX512
+    case Isa::kAvx512:
+      return policy_spans_avx512();
+#endif
+#ifdef IRLFAST_HAVE_AVX2
+    case Isa::kAvx2:
+      return policy_spans_avx2();
+#endif
+    default:
+      return policy_spans_baseline();
   }
 }
 
