@@ -17,7 +17,8 @@ from torch import Tensor
 
 from bench._case import Bar, Contender, Pass, Truth, judge
 
-LEAST_ROUNDS, MOST_ROUNDS = 3, 30
+# A rival slower than SLOW seconds has LEAST_ROUNDS - 1: it stands far from where a verdict could tip.
+LEAST_ROUNDS, MOST_ROUNDS, SLOW = 3, 30, 1.0
 
 # A call shorter than this is repeated within one timing until it lasts as long.
 LEAST_SECONDS = 2e-3
@@ -50,7 +51,7 @@ def measure_pass(work: Pass, malloc: str, settings: Settings) -> list[dict[str, 
     """
     skipped = dict(work.skipped)
     errors: dict[str, dict[str, float]] = {}
-    plans: list[_Plan] = []
+    plans: list[Plan] = []
     memory: dict[str, tuple[float, float] | None] = {}
     with torch.set_grad_enabled(work.grad):
         for contender in work.contenders:
@@ -66,7 +67,7 @@ def measure_pass(work: Pass, malloc: str, settings: Settings) -> list[dict[str, 
                 continue
             if settings.memory and contender.family != "ceiling":
                 memory[contender.name] = peak_mib(contender)
-            plans.append(_Plan.of(contender, seconds, settings.budget))
+            plans.append(Plan.of(contender, seconds, settings.budget))
         times = time_in_turn(plans)
     rows = []
     for subject, bars in work.bars.items():
@@ -162,21 +163,22 @@ def check(name: str, result: Sequence[Tensor], truth: Sequence[Truth], tolerance
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     contender: Contender
     rounds: int
     repeats: int
 
     @classmethod
-    def of(cls, contender: Contender, seconds: float, budget: float) -> _Plan:
+    def of(cls, contender: Contender, seconds: float, budget: float) -> Plan:
         repeats = 1
         if contender.prepare is None:
             repeats = max(1, math.ceil(LEAST_SECONDS / max(seconds, 1e-7)))
         rounds = int(budget / max(seconds * repeats, 1e-7))
-        return cls(contender, min(max(rounds, LEAST_ROUNDS), MOST_ROUNDS), repeats)
+        least = LEAST_ROUNDS - (contender.family in ("eager", "compile", "peer") and seconds > SLOW)
+        return cls(contender, min(max(rounds, least), MOST_ROUNDS), repeats)
 
 
-def time_in_turn(plans: Sequence[_Plan]) -> dict[str, list[float]]:
+def time_in_turn(plans: Sequence[Plan]) -> dict[str, list[float]]:
     """Seconds of each contender in each of its rounds.
 
     A round runs all that have rounds left, beginning with another one each time. Ours take part in every round, so
@@ -192,7 +194,7 @@ def time_in_turn(plans: Sequence[_Plan]) -> dict[str, list[float]]:
     return times
 
 
-def _seconds(plan: _Plan) -> float:
+def _seconds(plan: Plan) -> float:
     run: Callable[[], Any] = plan.contender.run
     if plan.contender.prepare is not None:
         plan.contender.prepare()

@@ -15,10 +15,10 @@ LIMIT_COLOR = "#c00000"
 
 
 def draw(results: Mapping[str, Any], path: str) -> None:
-    """Draws the rows as PNG: of each line the allocator setting "tuned" where it was measured.
+    """Draws as PNG the rows held against rivals or bare products, under the "tuned" allocator where that was measured.
 
     Raises:
-        ValueError: no row has a rival or a floor to be drawn beside.
+        ValueError: there are none.
     """
     import matplotlib
 
@@ -27,7 +27,7 @@ def draw(results: Mapping[str, Any], path: str) -> None:
 
     panels = _panels(results["rows"])
     if not panels:
-        raise ValueError("nothing to draw: no row has a rival or bare products beside it")
+        raise ValueError("nothing to draw: no row is held against a rival or against bare products")
     columns = _columns(panels)
     inches = 0.24 * max(sum(map(_height, lines)) for lines in columns)
     figure = pyplot.figure(figsize=(9 * len(columns), inches + 0.8), layout="constrained")
@@ -68,7 +68,7 @@ def _panels(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows to draw by line: one allocator setting for each thing measured, "tuned" before "default"."""
     chosen: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        if _overrun(row) is None and all(best_ratio(row, family) is None for family in FAMILIES):
+        if not any(v["kind"] in ("speedup", "overrun") and v["value"] is not None for v in row["verdicts"]):
             continue
         key = (row["line"], row["work"], size(row), row["dtype"], row["pass"], row["subject"])
         if key not in chosen or row["malloc"] == "tuned":

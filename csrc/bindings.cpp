@@ -10,10 +10,14 @@
 
 #include "irlfast/bf16_product.h"
 #include "irlfast/dtype.h"
+#include "irlfast/gae.h"
 #include "irlfast/huge_pages.h"
+#include "irlfast/importance.h"
 #include "irlfast/isa.h"
 #include "irlfast/linear_policy_ref_stats.h"
 #include "irlfast/linear_token_stats.h"
+#include "irlfast/policy_terms.h"
+#include "irlfast/sequence.h"
 #include "irlfast/token_kl.h"
 #include "irlfast/token_stats.h"
 
@@ -401,6 +405,174 @@ void advise_huge_pages(uintptr_t data, int64_t bytes) {
   irlfast::advise_huge_pages(reinterpret_cast<void*>(data), bytes);
 }
 
+// Sequences: offsets of address 0 mean rows of `width`.
+irlfast::Segments parse_segments(int64_t count, int64_t width, uintptr_t offsets, bool wide_offsets) {
+  if (count < 0 || width < 0) throw std::invalid_argument("a number of sequences, or their width, is negative");
+  return {count, width, reinterpret_cast<const void*>(offsets), wide_offsets};
+}
+
+irlfast::TokenMask parse_mask(uintptr_t mask, int bytes, bool floating) {
+  if (bytes != 1 && bytes != 2 && bytes != 4 && bytes != 8) {
+    throw std::invalid_argument("mask elements have " + std::to_string(bytes) + " bytes, expected 1, 2, 4 or 8");
+  }
+  return {reinterpret_cast<const void*>(mask), bytes, floating};
+}
+
+irlfast::DType parse_statistic(int dtype) {
+  const irlfast::DType parsed = parse_dtype(dtype);
+  if (parsed != irlfast::DType::kFloat32 && parsed != irlfast::DType::kFloat64) {
+    throw std::invalid_argument("dtype code " + std::to_string(dtype) + " is neither float32 nor float64");
+  }
+  return parsed;
+}
+
+int64_t first_invalid_offset(uintptr_t offsets, bool wide_offsets, int64_t count, int64_t tokens) {
+  pointer<const void>(offsets, "offsets");
+  return irlfast::first_invalid_offset(parse_segments(count, 0, offsets, wide_offsets), tokens);
+}
+
+void sequence_logprobs_forward(int64_t count, int64_t width, uintptr_t offsets, bool wide_offsets, uintptr_t logprobs,
+                               int dtype, uintptr_t mask, int mask_bytes, bool mask_floating, bool mean,
+                               uintptr_t result, int threads, const std::string& isa) {
+  const irlfast::Segments segments = parse_segments(count, width, offsets, wide_offsets);
+  const irlfast::TokenMask token_mask = parse_mask(mask, mask_bytes, mask_floating);
+  const irlfast::DType type = parse_dtype(dtype);
+  const irlfast::Isa selected = parse_isa(isa);
+  if (count == 0) return;
+  if (segments.tokens() > 0) pointer<const void>(logprobs, "logprobs");
+  void* out = pointer<void>(result, "result");
+  py::gil_scoped_release release;
+  irlfast::sequence_logprobs_forward(segments, reinterpret_cast<const void*>(logprobs), type, token_mask, mean, out,
+                                     threads, selected);
+}
+
+void sequence_logprobs_backward(int64_t count, int64_t width, uintptr_t offsets, bool wide_offsets, uintptr_t upstream,
+                                int dtype, uintptr_t mask, int mask_bytes, bool mask_floating, bool mean,
+                                uintptr_t gradient, int threads, const std::string& isa) {
+  const irlfast::Segments segments = parse_segments(count, width, offsets, wide_offsets);
+  const irlfast::TokenMask token_mask = parse_mask(mask, mask_bytes, mask_floating);
+  const irlfast::DType type = parse_dtype(dtype);
+  const irlfast::Isa selected = parse_isa(isa);
+  if (count == 0) return;
+  const void* given = pointer<const void>(upstream, "upstream");
+  if (segments.tokens() > 0) pointer<void>(gradient, "gradient");
+  py::gil_scoped_release release;
+  irlfast::sequence_logprobs_backward(segments, given, type, token_mask, mean, reinterpret_cast<void*>(gradient),
+                                      threads, selected);
+}
+
+irlfast::ImportanceInput parse_importance(uintptr_t log_target, uintptr_t log_proposal, int dtype, int64_t rows,
+                                          uintptr_t groups, double clip_low, double clip_high, double temper) {
+  if (rows < 1) throw std::invalid_argument("rows = " + std::to_string(rows) + " is below 1");
+  return {pointer<const void>(log_target, "log_target"),
+          pointer<const void>(log_proposal, "log_proposal"),
+          parse_statistic(dtype),
+          rows,
+          reinterpret_cast<const int64_t*>(groups),
+          clip_low,
+          clip_high,
+          temper};
+}
+
+int64_t importance_weights_forward(uintptr_t log_target, uintptr_t log_proposal, int dtype, int64_t rows,
+                                   uintptr_t groups, double clip_low, double clip_high, double temper,
+                                   uintptr_t weights, uintptr_t log_normalizer, uintptr_t ess) {
+  const irlfast::ImportanceInput input =
+      parse_importance(log_target, log_proposal, dtype, rows, groups, clip_low, clip_high, temper);
+  const irlfast::ImportanceOutput output{pointer<void>(weights, "weights"),
+                                         pointer<void>(log_normalizer, "log_normalizer"), pointer<void>(ess, "ess")};
+  py::gil_scoped_release release;
+  return irlfast::importance_weights_forward(input, output);
+}
+
+void importance_weights_backward(uintptr_t log_target, uintptr_t log_proposal, int dtype, int64_t rows,
+                                 uintptr_t groups, double clip_low, double clip_high, double temper,
+                                 uintptr_t grad_weights, uintptr_t grad_log_normalizer, uintptr_t grad_ess,
+                                 uintptr_t gradient) {
+  const irlfast::ImportanceInput input =
+      parse_importance(log_target, log_proposal, dtype, rows, groups, clip_low, clip_high, temper);
+  void* result = pointer<void>(gradient, "gradient");
+  py::gil_scoped_release release;
+  irlfast::importance_weights_backward(input, reinterpret_cast<const void*>(grad_weights),
+                                       reinterpret_cast<const void*>(grad_log_normalizer),
+                                       reinterpret_cast<const void*>(grad_ess), result);
+}
+
+void gae(int64_t count, int64_t width, uintptr_t offsets, bool wide_offsets, uintptr_t rewards, uintptr_t values,
+         uintptr_t last_values, int dtype, uintptr_t mask, int mask_bytes, bool mask_floating, double gamma, double lam,
+         uintptr_t advantages, uintptr_t returns, int threads) {
+  const irlfast::GaeInput input{parse_segments(count, width, offsets, wide_offsets),
+                                reinterpret_cast<const void*>(rewards),
+                                reinterpret_cast<const void*>(values),
+                                reinterpret_cast<const void*>(last_values),
+                                parse_statistic(dtype),
+                                parse_mask(mask, mask_bytes, mask_floating),
+                                gamma,
+                                lam};
+  if (input.segments.tokens() > 0) {
+    for (uintptr_t address : {rewards, values, advantages, returns}) pointer<void>(address, "a tensor of tokens");
+  }
+  py::gil_scoped_release release;
+  irlfast::gae(input, reinterpret_cast<void*>(advantages), reinterpret_cast<void*>(returns), threads);
+}
+
+template <typename Enum>
+Enum parse_choice(int value, int choices, const char* name) {
+  if (value < 0 || value >= choices) {
+    throw std::invalid_argument(std::string(name) + " = " + std::to_string(value) + " is outside [0, " +
+                                std::to_string(choices) + ")");
+  }
+  return static_cast<Enum>(value);
+}
+
+void policy_terms(int64_t count, int64_t width, uintptr_t offsets, bool wide_offsets, int dtype, uintptr_t logprobs,
+                  uintptr_t old_logprobs, uintptr_t ref_logprobs, uintptr_t rollout_logprobs, uintptr_t entropy,
+                  uintptr_t advantages, bool advantage_per_token, uintptr_t mask, int mask_bytes, bool mask_floating,
+                  uintptr_t keep, int term, double clip_low, double clip_high, double dual_clip, double kl_coef,
+                  int kl_estimator, double entropy_coef, double tis_cap, double icepop_low, double icepop_high,
+                  bool sequence_correction, int aggregation, double denominator, uintptr_t loss, uintptr_t metrics,
+                  uintptr_t grad_logprobs, uintptr_t grad_entropy, int threads, const std::string& isa) {
+  irlfast::PolicyTermsInput input;
+  input.segments = parse_segments(count, width, offsets, wide_offsets);
+  input.dtype = parse_statistic(dtype);
+  input.logprobs = reinterpret_cast<const void*>(logprobs);
+  input.old_logprobs = reinterpret_cast<const void*>(old_logprobs);
+  input.ref_logprobs = reinterpret_cast<const void*>(ref_logprobs);
+  input.rollout_logprobs = reinterpret_cast<const void*>(rollout_logprobs);
+  input.entropy = reinterpret_cast<const void*>(entropy);
+  input.advantages = reinterpret_cast<const void*>(advantages);
+  input.advantage_per_token = advantage_per_token;
+  input.mask = parse_mask(mask, mask_bytes, mask_floating);
+  input.keep = reinterpret_cast<const uint8_t*>(keep);
+  irlfast::PolicyTermsOptions options;
+  options.term = parse_choice<irlfast::PolicyTerm>(term, 4, "term");
+  options.clip_low = clip_low;
+  options.clip_high = clip_high;
+  options.dual_clip = dual_clip;
+  options.kl_coef = kl_coef;
+  options.kl_estimator = parse_choice<irlfast::KlEstimator>(kl_estimator, 3, "kl_estimator");
+  options.entropy_coef = entropy_coef;
+  options.tis_cap = tis_cap;
+  options.icepop_low = icepop_low;
+  options.icepop_high = icepop_high;
+  options.sequence_correction = sequence_correction;
+  options.aggregation = parse_choice<irlfast::Aggregation>(aggregation, 4, "aggregation");
+  options.denominator = denominator;
+  if (input.segments.tokens() > 0) {
+    pointer<const void>(logprobs, "logprobs");
+    pointer<const void>(advantages, "advantages");
+    const bool ratio = options.term != irlfast::PolicyTerm::kReinforce;
+    if (ratio) pointer<const void>(old_logprobs, "old_logprobs");
+    if (options.corrects()) pointer<const void>(rollout_logprobs, "rollout_logprobs");
+  }
+  const irlfast::PolicyTermsOutput output{pointer<void>(loss, "loss"), pointer<void>(metrics, "metrics"),
+                                          reinterpret_cast<void*>(grad_logprobs),
+                                          reinterpret_cast<void*>(grad_entropy)};
+  const irlfast::Isa selected = parse_isa(isa);
+  py::gil_scoped_release release;
+  irlfast::policy_terms(input, options, output, threads, selected);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
@@ -453,6 +625,38 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
         py::arg("state"), py::arg("grad_logprob"), py::arg("grad_entropy"), py::arg("grad_lse"), py::arg("gradient"),
         py::arg("gradient_dtype"), py::arg("gradient_stride"), py::arg("threads"), py::arg("isa"),
         "Write the gradient of a chunk of columns, whose row r is row row_numbers[r] of the logits (0: row r).");
+  m.def("first_invalid_offset", &first_invalid_offset, py::arg("offsets"), py::arg("wide_offsets"), py::arg("count"),
+        py::arg("tokens"),
+        "The first sequence whose offset falls, -1 where they rise from 0 to tokens, -2 where an end is another.");
+  m.def("sequence_logprobs_forward", &sequence_logprobs_forward, py::arg("count"), py::arg("width"), py::arg("offsets"),
+        py::arg("wide_offsets"), py::arg("logprobs"), py::arg("dtype"), py::arg("mask"), py::arg("mask_bytes"),
+        py::arg("mask_floating"), py::arg("mean"), py::arg("result"), py::arg("threads"), py::arg("isa"),
+        "Write the sum or mean over each sequence's unmasked tokens.");
+  m.def("sequence_logprobs_backward", &sequence_logprobs_backward, py::arg("count"), py::arg("width"),
+        py::arg("offsets"), py::arg("wide_offsets"), py::arg("upstream"), py::arg("dtype"), py::arg("mask"),
+        py::arg("mask_bytes"), py::arg("mask_floating"), py::arg("mean"), py::arg("gradient"), py::arg("threads"),
+        py::arg("isa"), "Write the gradient of every token.");
+  m.def("importance_weights_forward", &importance_weights_forward, py::arg("log_target"), py::arg("log_proposal"),
+        py::arg("dtype"), py::arg("rows"), py::arg("groups"), py::arg("clip_low"), py::arg("clip_high"),
+        py::arg("temper"), py::arg("weights"), py::arg("log_normalizer"), py::arg("ess"),
+        "Write weights, normalisers and ESS; the number of groups, or -(i + 1) where row i is no log weight.");
+  m.def("importance_weights_backward", &importance_weights_backward, py::arg("log_target"), py::arg("log_proposal"),
+        py::arg("dtype"), py::arg("rows"), py::arg("groups"), py::arg("clip_low"), py::arg("clip_high"),
+        py::arg("temper"), py::arg("grad_weights"), py::arg("grad_log_normalizer"), py::arg("grad_ess"),
+        py::arg("gradient"), "Write the gradient to log_target.");
+  m.def("gae", &gae, py::arg("count"), py::arg("width"), py::arg("offsets"), py::arg("wide_offsets"),
+        py::arg("rewards"), py::arg("values"), py::arg("last_values"), py::arg("dtype"), py::arg("mask"),
+        py::arg("mask_bytes"), py::arg("mask_floating"), py::arg("gamma"), py::arg("lam"), py::arg("advantages"),
+        py::arg("returns"), py::arg("threads"), "Write generalised advantages and returns.");
+  m.def("policy_terms", &policy_terms, py::arg("count"), py::arg("width"), py::arg("offsets"), py::arg("wide_offsets"),
+        py::arg("dtype"), py::arg("logprobs"), py::arg("old_logprobs"), py::arg("ref_logprobs"),
+        py::arg("rollout_logprobs"), py::arg("entropy"), py::arg("advantages"), py::arg("advantage_per_token"),
+        py::arg("mask"), py::arg("mask_bytes"), py::arg("mask_floating"), py::arg("keep"), py::arg("term"),
+        py::arg("clip_low"), py::arg("clip_high"), py::arg("dual_clip"), py::arg("kl_coef"), py::arg("kl_estimator"),
+        py::arg("entropy_coef"), py::arg("tis_cap"), py::arg("icepop_low"), py::arg("icepop_high"),
+        py::arg("sequence_correction"), py::arg("aggregation"), py::arg("denominator"), py::arg("loss"),
+        py::arg("metrics"), py::arg("grad_logprobs"), py::arg("grad_entropy"), py::arg("threads"), py::arg("isa"),
+        "Write a policy loss, its metrics and its gradient (address 0: not wanted).");
 
   py::dict divergences;
   divergences["reverse"] = int(irlfast::Divergence::kReverse);

@@ -2,4 +2,5 @@
 #pragma once
 
 int bf16_product_failures(int& cases);
+int linear_token_stats_failures(int& cases);
 int pair_failures(int& cases);

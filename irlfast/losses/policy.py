@@ -1,34 +1,49 @@
-"""Policy-gradient losses on the log-probabilities of sampled tokens.
+"""Policy-gradient losses on the log-probabilities of sampled tokens: recipes over `ops.policy_terms`.
 
-With rho_t = exp(logp_t - old_logp_t), A the advantage and m the response mask, the term of token t is
+A kind is a term, the clip range and the aggregation of its paper. It does NOT compute advantages: they come in ready,
+`losses.group_advantages(rewards, groups, kind=...)` or `losses.gae` makes them. With rho_t = exp(logp_t - old_logp_t),
+A the advantage and m the response mask, the term of token t is
 
     reinforce   -A_t logp_t                                              one advantage a response, or one a token
     token       -A_t logp_t                                              one advantage a token
+    rloo        -A_t logp_t, A of group_advantages(kind="rloo")          Kool et al. 2019; Ahmadian et al. 2024
     ppo         -min(rho_t A_t, clip(rho_t, 1 - lo, 1 + hi) A_t)         Schulman et al. 2017
-                and, with dual_clip = c, at least -c |A_t| where A_t < 0:  min(-c A_t, that), Ye et al. 2020
+                and, with dual_clip = c, at most -c A_t where A_t < 0:  min(-c A_t, that), Ye et al. 2020
+    grpo        ppo, A of group_advantages(kind="grpo")                  Shao et al. 2024
+    dr_grpo     ppo, A of group_advantages(kind="dr_grpo")               Liu et al. 2025
+    dapo        ppo, A as for grpo; responses without an advantage are   Yu et al. 2025
+                left out whole
+    gspo        ppo with rho = exp(mean_t (logp_t - old_logp_t)), one a  Zheng et al. 2025
+                response, the gradient going through the mean
+    cispo       -stopgrad(min(rho_t, 1 + hi)) A_t logp_t                 MiniMax-M1, 2025
 
-times min(exp(old_logp_t - rollout_logp_t), tis_cap) where the sampler's own log-probabilities are given (truncated
-importance sampling: samplers and trainers round differently). A KL penalty and an entropy bonus are added token by
-token, and `aggregation` makes one number of it all.
+and, where clip or aggregation is not given, it is
+
+    kind                                clip              aggregation
+    reinforce, token, ppo, cispo        (0.2, 0.2)        token_mean
+    rloo                                                  seq_mean_token_sum
+    grpo                                (0.2, 0.2)        seq_mean_token_mean
+    dr_grpo                             (0.2, 0.2)        token_sum, over `denominator`, which it then needs
+    dapo                                (0.2, 0.28)       token_mean
+    gspo                                (3e-4, 4e-4)      seq_mean_token_mean
+
+The samplers' own log-probabilities, where given, correct for sampling from a policy other than the old one. A KL
+penalty and an entropy bonus are added token by token.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, NamedTuple, get_args
 
-import torch
 from torch import Tensor
 
-from irlfast.losses.aggregation import Aggregation, aggregate, masked, masked_mean
-from irlfast.ops import kl_estimate
-from irlfast.ops._segments import require_floating
-from irlfast.ops.kl_estimate import ESTIMATORS
+from irlfast.losses.aggregation import Aggregation
+from irlfast.ops._segments import Groups, Sequences
+from irlfast.ops.policy_terms import METRICS, policy_terms
 
-PolicyKind = Literal["reinforce", "token", "ppo"]
+PolicyKind = Literal["reinforce", "token", "ppo", "grpo", "dr_grpo", "rloo", "gspo", "dapo", "cispo"]
 POLICY_KINDS: tuple[str, ...] = get_args(PolicyKind)
-
-# exp overflows float32 past 88, and inf in the branch that min rejects still makes the gradient 0 * inf = NaN.
-MAX_LOG_RATIO = 20.0
 
 
 class PolicyLoss(NamedTuple):
@@ -38,24 +53,48 @@ class PolicyLoss(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+class _Recipe(NamedTuple):
+    term: Literal["reinforce", "ppo", "gspo", "cispo"]
+    clip: tuple[float, float] = (0.2, 0.2)
+    aggregation: Aggregation = "token_mean"
+
+
+_RECIPES: dict[str, _Recipe] = {
+    "reinforce": _Recipe("reinforce"),
+    "token": _Recipe("reinforce"),
+    "ppo": _Recipe("ppo"),
+    "grpo": _Recipe("ppo", aggregation="seq_mean_token_mean"),
+    "dr_grpo": _Recipe("ppo", aggregation="token_sum"),
+    "rloo": _Recipe("reinforce", aggregation="seq_mean_token_sum"),
+    "gspo": _Recipe("gspo", clip=(3e-4, 4e-4), aggregation="seq_mean_token_mean"),
+    "dapo": _Recipe("ppo", clip=(0.2, 0.28)),
+    "cispo": _Recipe("cispo"),
+}
+
+
 def policy_loss(
-    logprobs: Tensor,  # (B, T)
-    advantages: Tensor,  # (B) or (B, T)
-    mask: Tensor,  # (B, T)
+    logprobs: Tensor,  # (B, T), or packed (N)
+    advantages: Tensor,  # (B), or shaped as logprobs
+    mask: Tensor | None = None,  # shaped as logprobs, as all that follow
     *,
     kind: PolicyKind,
-    old_logprobs: Tensor | None = None,  # (B, T)
-    ref_logprobs: Tensor | None = None,  # (B, T)
-    rollout_logprobs: Tensor | None = None,  # (B, T)
-    entropy: Tensor | None = None,  # (B, T)
-    clip: tuple[float, float] = (0.2, 0.2),
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    entropy: Tensor | None = None,
+    clip: tuple[float, float] | None = None,
     dual_clip: float | None = None,
     kl_coef: float = 0.0,
     kl_estimator: Literal["k1", "k2", "k3"] = "k2",
     entropy_coef: float = 0.0,
     tis_cap: float | None = None,
-    aggregation: Aggregation = "token_mean",
+    icepop_band: tuple[float, float] | None = None,
+    tis_level: Literal["token", "sequence"] = "token",
+    aggregation: Aggregation | None = None,
     denominator: float | Tensor | None = None,
+    groups: Tensor | None = None,  # (B)
+    cu_seqlens: Tensor | None = None,  # (B + 1)
+    impl: str = "auto",
 ) -> PolicyLoss:
     """Loss whose gradient step raises the likelihood of tokens with a positive advantage.
 
@@ -63,166 +102,140 @@ def policy_loss(
     influence and receives gradient 0; a batch without a single unmasked token has loss 0.
 
     Args:
-        logprobs: [B, T] log pi of the tokens under the policy being trained.
-        advantages: [B], one a response, or [B, T], one a token.
-        mask: [B, T] non-zero on response tokens, EOS included.
-        kind: "reinforce", "token" or "ppo".
-        old_logprobs: [B, T] log-probs under the policy that the step started from. "ppo" needs them; elsewhere they
-            stand for the current ones (detached) where they are missing.
-        ref_logprobs: [B, T] under the reference policy; the KL is reported, and with kl_coef a part of the loss.
-        rollout_logprobs: [B, T] as the sampler reported them; the gap is reported, and with tis_cap corrected for.
-        entropy: [B, T] entropy of the policy at each token; reported, and with entropy_coef a bonus.
-        clip: (lo, hi), the ratio's range [1 - lo, 1 + hi] of "ppo".
-        dual_clip: c > 1, the bound on a negative advantage's loss in "ppo"; None for none.
+        logprobs: [B, T] log pi of the tokens under the policy being trained; or [N], packed, with `cu_seqlens`.
+        advantages: [B], one a response, or one a token. Packed advantages with N = B are taken as one a response.
+        mask: non-zero on response tokens, EOS included; None counts all.
+        kind: see the module's table.
+        old_logprobs: log-probs under the policy that the step started from. Kinds with a ratio need them; elsewhere
+            they stand for the current ones (detached) where they are missing.
+        ref_logprobs: under the reference policy; the KL is reported, and with kl_coef a part of the loss.
+        rollout_logprobs: as the sampler reported them; the gap is reported, and with tis_cap or icepop_band corrected
+            for.
+        entropy: entropy of the policy at each token; reported, and with entropy_coef a bonus.
+        clip: (lo, hi), the ratio's range [1 - lo, 1 + hi]; of "cispo" hi alone. None takes the kind's.
+        dual_clip: c > 1, the bound on a negative advantage's loss in kinds on ppo's term and gspo; None for none.
         kl_coef: weight of the KL penalty.
         kl_estimator: "k2", whose gradient on samples of the policy is that of the reverse KL, or "k3", here times the
             differentiable ratio, which has the same (without it, it would be the forward KL's). "k1" has expected
             gradient 0 and is refused as a loss term: put it in the reward instead. It may be reported.
         entropy_coef: weight of the entropy bonus. A batch mean of -logp is no entropy to differentiate: its expected
             gradient is 0, as k1's. Give the exact entropy of each next-token distribution.
-        tis_cap: C > 0, the cap on exp(old_logprobs - rollout_logprobs).
-        aggregation: see `irlfast.losses.aggregation`.
+        tis_cap: C > 0; each policy term is multiplied by min(r, C), r = exp(old_logprobs - rollout_logprobs)
+            (truncated importance sampling, Yao et al. 2025). KL and entropy terms are not.
+        icepop_band: (low, high); each policy term is multiplied by r, and by 0 where r lies outside (Ling team 2025,
+            IcePop). With tis_cap too, by min(r, C) inside the band.
+        tis_level: whether r is each token's, or the product over its response.
+        aggregation: see `irlfast.losses.aggregation`; None takes the kind's.
         denominator: the global count, over all ranks and micro-batches, or the constant to divide by.
+        groups: [B] integer prompt ids, for "dapo" alone: a prompt is left out, tokens and counts, where all its
+            advantages are 0. Without them each response with advantage 0 is, which also drops one that happens to hit
+            its group's mean. A global denominator counts what is left in: the metrics tokens or sequences, summed.
+        cu_seqlens: [B + 1] integer offsets; response i is logprobs[cu_seqlens[i]:cu_seqlens[i + 1]].
+        impl: "auto", "reference", "cpu", "cuda" or "triton", as in `ops.policy_terms`.
 
     Returns:
-        PolicyLoss(loss, metrics). Metrics, over this batch's tokens: policy (the aggregated first term);
-        approx_kl (k3 of old to new), ratio_min, ratio_max where old_logprobs is given; clip_fraction (tokens whose
-        gradient the clip stopped) for ppo; kl and entropy (token means) where their inputs are given;
-        rollout_gap, rollout_gap_max (mean and largest |old - rollout|) and with tis_cap tis_fraction (tokens capped).
+        PolicyLoss(loss, metrics) in float32 (float64 where an input is). Metrics are means over this batch's unmasked
+        tokens unless it says otherwise.
+
+        always: policy (the aggregated first term), tokens and sequences (how many take part).
+        with old_logprobs: approx_kl (k3 of old to new); ratio_mean, ratio_min, ratio_max; ess, the effective sample
+            size of the ratios as a share, (sum rho)^2 / (n sum rho^2), 1 where they are all equal. Of gspo the ratios
+            are those of the responses.
+        kinds that clip: clip_fraction (tokens whose gradient the clip stopped; of cispo, whose ratio it cut), and its
+            two parts clip_fraction_low (ratio below 1) and clip_fraction_high.
+        with ref_logprobs: kl, by kl_estimator. With entropy: entropy.
+        with rollout_logprobs: rollout_gap, rollout_gap_max (mean and largest |old - rollout|), rollout_kl (k3 of the
+            sampler to old); with tis_cap tis_fraction (tokens capped), with icepop_band icepop_fraction (zeroed).
 
     Raises:
-        TypeError: a tensor that is not floating point. ValueError: shapes that do not fit, an input that the chosen
-        kind or coefficient needs and did not get, or an option outside its range.
+        TypeError: a tensor that is not floating point, or not of integers where ids or offsets are meant.
+        ValueError: shapes or devices that do not fit, an input that the chosen kind or coefficient needs and did not
+            get, or an option outside its range.
+        RuntimeError: an `impl` that is not available here.
     """
-    _check_shapes(logprobs, advantages, mask, old_logprobs, ref_logprobs, rollout_logprobs, entropy)
-    _check_options(kind, advantages, clip, dual_clip, kl_coef, kl_estimator, tis_cap)
-    for needed_by, asked, name, given in (
-        ("kind 'ppo'", kind == "ppo", "old_logprobs", old_logprobs),
-        (f"kl_coef = {kl_coef}", kl_coef != 0, "ref_logprobs", ref_logprobs),
-        (f"entropy_coef = {entropy_coef}", entropy_coef != 0, "entropy", entropy),
-        (f"tis_cap = {tis_cap}", tis_cap is not None, "rollout_logprobs", rollout_logprobs),
-    ):
-        if asked and given is None:
-            raise ValueError(f"{needed_by} needs {name}, which was not given")
-
-    mask = mask.bool()
-    logp = masked(logprobs, mask)
-    advantage = masked((advantages[:, None] if advantages.dim() == 1 else advantages).detach().expand_as(logp), mask)
-    old = logp.detach() if old_logprobs is None else masked(old_logprobs.detach(), mask)
-    log_ratio = (logp - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    ratio = torch.exp(log_ratio)
-    metrics: dict[str, Tensor] = {}
-
-    if kind == "ppo":
-        terms, stopped = _ppo_terms(ratio, advantage, clip, dual_clip)
-        metrics["clip_fraction"] = masked_mean((stopped & mask).to(logp.dtype), mask)
-    else:
-        terms = -advantage * logp
-    if old_logprobs is not None:
-        seen = ratio.detach()
-        approx_kl = kl_estimate(old, logp.detach(), estimator="k3")
-        metrics["approx_kl"] = masked_mean(approx_kl, mask)
-        # Masked positions have ratio exactly 1; they may neither set nor hide the extremes of the others.
-        empty = ~mask.any()
-        if mask.numel():
-            metrics["ratio_min"] = torch.where(empty, 1.0, torch.where(mask, seen, torch.inf).min())
-            metrics["ratio_max"] = torch.where(empty, 1.0, torch.where(mask, seen, -torch.inf).max())
-    if rollout_logprobs is not None:
-        gap = old - masked(rollout_logprobs.detach(), mask)
-        metrics["rollout_gap"] = masked_mean(gap.abs(), mask)
-        if mask.numel():
-            metrics["rollout_gap_max"] = gap.abs().max()
-        if tis_cap is not None:
-            correction = torch.exp(gap.clamp(max=MAX_LOG_RATIO))
-            metrics["tis_fraction"] = masked_mean(((correction > tis_cap) & mask).to(logp.dtype), mask)
-            terms = terms * correction.clamp(max=tis_cap)
-    metrics["policy"] = aggregate(terms.detach(), mask, aggregation, denominator)
-
-    if ref_logprobs is not None:
-        kl = kl_estimate(logp, masked(ref_logprobs.detach(), mask), estimator=kl_estimator)
-        metrics["kl"] = masked_mean(kl.detach(), mask)
-        if kl_coef:
-            terms = terms + kl_coef * (ratio * kl if kl_estimator == "k3" else kl)
-    if entropy is not None:
-        entropy = masked(entropy, mask)
-        metrics["entropy"] = masked_mean(entropy.detach(), mask)
-        if entropy_coef:
-            terms = terms - entropy_coef * entropy
-    return PolicyLoss(aggregate(terms, mask, aggregation, denominator), metrics)
-
-
-def _ppo_terms(
-    ratio: Tensor, advantage: Tensor, clip: tuple[float, float], dual_clip: float | None
-) -> tuple[Tensor, Tensor]:
-    """The clipped terms [B, T], and where [B, T] the clip has stopped the gradient."""
-    plain = -ratio * advantage
-    clipped = -ratio.clamp(1 - clip[0], 1 + clip[1]) * advantage
-    terms, stopped = torch.maximum(plain, clipped), clipped > plain
-    if dual_clip is not None:
-        bound = -dual_clip * advantage
-        beyond = (advantage < 0) & (terms > bound)
-        terms, stopped = torch.where(beyond, bound, terms), stopped | beyond
-    return terms, stopped.detach()
-
-
-def _check_shapes(
-    logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    rollout_logprobs: Tensor | None,
-    entropy: Tensor | None,
-) -> None:
-    require_floating(logprobs=logprobs, advantages=advantages)
-    if logprobs.dim() != 2:
-        raise ValueError(f"logprobs has shape {tuple(logprobs.shape)}; expected [B, T]")
-    if advantages.shape not in (logprobs.shape, logprobs.shape[:1]):
-        raise ValueError(
-            f"advantages has shape {tuple(advantages.shape)}; expected {tuple(logprobs.shape[:1])}, one a response, "
-            f"or {tuple(logprobs.shape)}, one a token"
-        )
-    beside = {
-        "mask": mask,
-        "old_logprobs": old_logprobs,
-        "ref_logprobs": ref_logprobs,
-        "rollout_logprobs": rollout_logprobs,
-        "entropy": entropy,
-    }
-    for name, values in beside.items():
-        if values is None:
-            continue
-        if name != "mask":
-            require_floating(**{name: values})
-        if values.shape != logprobs.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(values.shape)}; expected that of logprobs, {tuple(logprobs.shape)}"
-            )
-
-
-def _check_options(
-    kind: str,
-    advantages: Tensor,
-    clip: tuple[float, float],
-    dual_clip: float | None,
-    kl_coef: float,
-    kl_estimator: str,
-    tis_cap: float | None,
-) -> None:
-    if kind not in POLICY_KINDS:
+    if kind not in _RECIPES:
         raise ValueError(f"kind is {kind!r}; this version has {POLICY_KINDS}")
-    if kind == "token" and advantages.dim() != 2:
-        raise ValueError("kind 'token' takes advantages [B, T], one a token; for one a response use 'reinforce'")
-    if not (0 <= clip[0] <= 1 and clip[1] >= 0):
-        raise ValueError(f"clip is {clip}; expected (lo, hi) with lo in [0, 1] and hi at least 0")
-    if dual_clip is not None and not (kind == "ppo" and dual_clip > 1):
-        raise ValueError(f"dual_clip is {dual_clip} with kind {kind!r}; expected more than 1, with kind 'ppo'")
-    if kl_estimator not in ESTIMATORS:
-        raise ValueError(f"kl_estimator is {kl_estimator!r}; expected one of {ESTIMATORS}")
-    if kl_coef and kl_estimator == "k1":
+    term, default_clip, default_aggregation = _RECIPES[kind]
+    if term != "reinforce" and old_logprobs is None:
+        raise ValueError(f"kind {kind!r} needs old_logprobs, which was not given")
+    if kind == "token" and advantages.shape != logprobs.shape:
         raise ValueError(
-            f"kl_estimator is 'k1' with kl_coef = {kl_coef}: as a loss term k1 has expected gradient 0. "
-            "Use 'k2' or 'k3', or subtract the detached k1 from the reward"
+            f"kind 'token' takes advantages [B, T], one a token; these have shape {tuple(advantages.shape)} for "
+            f"logprobs {tuple(logprobs.shape)}; for one a response use 'reinforce'"
         )
-    if tis_cap is not None and not tis_cap > 0:
-        raise ValueError(f"tis_cap is {tis_cap}; expected a positive cap")
+    if dual_clip is not None and not (term in ("ppo", "gspo") and dual_clip > 1):
+        raise ValueError(f"dual_clip is {dual_clip} with kind {kind!r}; expected more than 1, with a kind that clips")
+    if kind == "dr_grpo" and aggregation is None and denominator is None:
+        raise ValueError(
+            "kind 'dr_grpo' divides by a constant: give denominator, such as responses * longest length allowed, or "
+            "another aggregation"
+        )
+    if groups is not None and kind != "dapo":
+        raise ValueError(f"groups is given with kind {kind!r}; only 'dapo' looks at them")
+    loss, values = policy_terms(
+        logprobs,
+        advantages,
+        mask,
+        cu_seqlens=cu_seqlens,
+        term=term,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        entropy=entropy,
+        clip=default_clip if clip is None else clip,
+        dual_clip=dual_clip,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        entropy_coef=entropy_coef,
+        tis_cap=tis_cap,
+        icepop_band=icepop_band,
+        correction_level=tis_level,
+        aggregation=default_aggregation if aggregation is None else aggregation,
+        denominator=denominator,
+        keep=_informative(advantages, mask, groups, cu_seqlens) if kind == "dapo" else None,
+        impl=impl,
+    )
+    reported = _reported(
+        old_logprobs is not None,
+        term != "reinforce",
+        ref_logprobs is not None,
+        entropy is not None,
+        rollout_logprobs is not None,
+        tis_cap is not None,
+        icepop_band is not None,
+    )
+    every = values.unbind()
+    return PolicyLoss(loss, {name: every[position] for name, position in reported})
+
+
+@functools.cache
+def _reported(
+    old: bool, clips: bool, ref: bool, entropy: bool, rollout: bool, tis: bool, icepop: bool
+) -> tuple[tuple[str, int], ...]:
+    """The metrics that their inputs are there for, with their places."""
+    there = {
+        "clip_fraction": clips,
+        "clip_fraction_low": clips,
+        "clip_fraction_high": clips,
+        "kl": ref,
+        "entropy": entropy,
+        "tis_fraction": tis,
+        "icepop_fraction": icepop,
+    }
+    there |= dict.fromkeys(("approx_kl", "ratio_mean", "ratio_min", "ratio_max", "ess"), old)
+    there |= dict.fromkeys(("rollout_gap", "rollout_gap_max", "rollout_kl"), rollout)
+    return tuple((name, i) for i, name in enumerate(METRICS) if there.get(name, True))
+
+
+def _informative(advantages: Tensor, mask: Tensor | None, groups: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """[B] bool: the responses, or all of a prompt's, with an advantage that is not 0."""
+    tells = advantages != 0
+    per_token = advantages.ndim == 2 if cu_seqlens is None else advantages.shape[0] != cu_seqlens.shape[0] - 1
+    if per_token:
+        if mask is not None:
+            tells = tells & mask.bool()
+        tells = Sequences(advantages, cu_seqlens).sum(tells) > 0
+    if groups is None:
+        return tells
+    by_prompt = Groups.of(groups, tells)
+    return (by_prompt.sum(tells) > 0)[by_prompt.index]

@@ -29,8 +29,9 @@ from irlfast import ops
 from irlfast.causal_lm import Path, causal_lm_token_stats, unwrap
 from irlfast.losses.advantages import whiten
 from irlfast.losses.aggregation import Aggregation, aggregate, masked_mean
-from irlfast.losses.policy import MAX_LOG_RATIO, policy_loss
+from irlfast.losses.policy import policy_loss
 from irlfast.losses.response import ResponseBatch, response_batch
+from irlfast.ops.policy_terms import MAX_LOG_RATIO
 
 Mode = Literal["reinforce", "kl", "ppo", "token"]
 MODES: tuple[str, ...] = get_args(Mode)

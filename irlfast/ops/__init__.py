@@ -9,6 +9,7 @@ from irlfast.ops.linear_policy_ref_stats import (
 )
 from irlfast.ops.linear_token_loss import linear_token_loss
 from irlfast.ops.linear_token_stats import linear_token_stats, linear_token_stats_reference
+from irlfast.ops.policy_terms import PolicyTerms, policy_terms
 from irlfast.ops.sequence import sequence_logprobs
 from irlfast.ops.token_kl import token_kl, token_kl_reference
 from irlfast.ops.token_stats import TokenStats, token_logprobs, token_stats, token_stats_reference
@@ -16,6 +17,7 @@ from irlfast.ops.token_stats import TokenStats, token_logprobs, token_stats, tok
 __all__ = [
     "ImportanceWeights",
     "PolicyRefStats",
+    "PolicyTerms",
     "TokenStats",
     "importance_weights",
     "kl_estimate",
@@ -24,6 +26,7 @@ __all__ = [
     "linear_token_loss",
     "linear_token_stats",
     "linear_token_stats_reference",
+    "policy_terms",
     "sequence_logprobs",
     "token_kl",
     "token_kl_reference",

@@ -107,11 +107,11 @@ class Head:
     bias: Tensor | None
     chunk: int
 
-    def chunks(self) -> Iterator[tuple[int, int, int]]:
-        """(number, first column, end)."""
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """(first column, end)."""
         vocab = self.weight.shape[0]
-        for number, begin in enumerate(range(0, vocab, self.chunk)):
-            yield number, begin, min(begin + self.chunk, vocab)
+        for begin in range(0, vocab, self.chunk):
+            yield begin, min(begin + self.chunk, vocab)
 
     @property
     def width(self) -> int:
@@ -145,13 +145,14 @@ def sweep(
     epilogue: Epilogue,
     *,
     weighted: bool,
-    kept: Tensor | None = None,  # (chunks, >= N * width)
+    kept: Tensor | None = None,  # (>= N * V)
     expected: Tensor | None = None,  # (N, D)
 ) -> Tensor:  # (4, N)
     """Running statistics of all columns, by one product a chunk.
 
-    kept receives the logits, chunk after chunk. expected receives sum_{v != y} p_v (dl / dlogit)_v W_v, by one more
-    product a chunk; what was summed before is rescaled where a row's maximum rises.
+    kept receives the logits, each chunk [N, columns] after the one before. expected receives
+    sum_{v != y} p_v (dl / dlogit)_v W_v, by one more product a chunk; what was summed before is rescaled where a row's
+    maximum rises.
     """
     count = hidden.shape[0]
     dtype = statistics_dtype(hidden.dtype)
@@ -164,13 +165,13 @@ def sweep(
     factors = scratch if narrow == dtype else hidden.new_empty(0 if expected is None else size, dtype=narrow)
     if expected is not None:
         expected.zero_()
-    for number, begin, end in head.chunks():
+    for begin, end in head.chunks():
         for which in blocks(count, block):
             part, x = rows.take(which), hidden[which]
             if kept is None:
                 logits = matrix(scratch, len(x), end - begin)
             else:
-                logits = matrix(kept[number], count, end - begin)[which]
+                logits = matrix(kept[count * begin :], count, end - begin)[which]
             head.logits(x, begin, end, logits)
             state = running[:, which]
             before = state[0].clone()
@@ -226,7 +227,7 @@ def pull(
     upstream: Upstream,
     gradients: Gradients,
     *,
-    kept: Tensor | None = None,  # (chunks, >= M * width)
+    kept: Tensor | None = None,  # (>= M * V)
     kept_rows: int = 0,  # M
     row_numbers: Tensor | None = None,  # (N)
     add: bool = False,
@@ -247,7 +248,7 @@ def pull(
         gradients.hidden.zero_()
     # Sums over several blocks are not rounded in between.
     several = count > block and gradients.weight is not None and gradients.weight.dtype != dtype
-    for number, begin, end in head.chunks():
+    for begin, end in head.chunks():
         weight_gradient = None if gradients.weight is None else gradients.weight[begin:end]
         if weight_gradient is not None and several:
             weight_gradient = (
@@ -260,7 +261,7 @@ def pull(
                 logits = matrix(scratch, len(x), end - begin)
                 head.logits(x, begin, end, logits)
             else:
-                logits = matrix(kept[number], kept_rows, end - begin)
+                logits = matrix(kept[kept_rows * begin :], kept_rows, end - begin)
                 if numbers is None:
                     logits = logits[which]
             out = matrix(factors, len(x), end - begin)

@@ -8,7 +8,7 @@ from torch import Tensor
 from irlfast import _native
 from irlfast.ops._dispatch import DTYPE_CODES, address
 from irlfast.ops._linear import Rows, Upstream
-from irlfast.ops._token_stats_cpu import check_row_temperature, raise_label
+from irlfast.ops._token_stats_cpu import raise_label
 
 
 class CpuEpilogue:
@@ -85,11 +85,9 @@ def _chunk(
     )
 
 
-def check_values(labels: Tensor, vocab: int, ignore_index: int, row_temperature: Tensor | None) -> None:
-    """IndexError for a label, ValueError for a temperature, that is out of range."""
-    labels = labels.contiguous()
-    wrong = _native.first_invalid_label(labels.data_ptr(), len(labels), vocab, ignore_index) if len(labels) else -1
+def check_labels(labels: Tensor, vocab: int, ignore_index: int) -> None:
+    """IndexError for a label that is out of range."""
+    labels = labels.long().contiguous()
+    wrong = _native.first_invalid_label(labels.data_ptr(), labels.numel(), vocab, ignore_index)
     if wrong >= 0:
         raise_label(labels, wrong, vocab, ignore_index)
-    if row_temperature is not None:
-        check_row_temperature(row_temperature)

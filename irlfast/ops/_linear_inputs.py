@@ -6,15 +6,20 @@ import torch
 from torch import Tensor
 
 from irlfast.ops._dispatch import DTYPE_CODES, statistics_dtype
+from irlfast.ops._token_stats_cpu import check_row_temperature
 
 
 def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The three in the type that torch.nn.functional.linear would compute in."""
     device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype == torch.float64 or not tensor.is_floating_point() else tensor.to(dtype)
+
+    return cast(hidden), cast(weight), None if bias is None else cast(bias)
 
 
 def split_temperature(
@@ -24,6 +29,15 @@ def split_temperature(
     if not isinstance(temperature, Tensor):
         return temperature, None
     return 1.0, temperature.to(statistics_dtype(dtype)).expand(rows_shape).reshape(-1).contiguous()
+
+
+def expand_temperature(temperature: float | Tensor, rows_shape: torch.Size) -> float | Tensor:
+    """A number, or one value a row, as the references take it; ValueError for one that is out of range."""
+    if not isinstance(temperature, Tensor):
+        return temperature
+    if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_row_temperature(temperature.expand(rows_shape))
+    return temperature.expand(rows_shape)
 
 
 def check_linear(

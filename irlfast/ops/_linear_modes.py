@@ -35,7 +35,7 @@ def forward_chunked(
         x, rows = hidden[labelled], rows.take(labelled)
     kept = expected = None
     if mode == "keep":
-        kept = hidden.new_empty(kept_shape(count, weight.shape[0], chunk), dtype=dtype)
+        kept = hidden.new_empty(count * weight.shape[0], dtype=dtype)
     elif mode == "frozen":
         expected = hidden.new_empty((len(x), depth), dtype=dtype)
     running = sweep(x, head, rows, epilogue, weighted=True, kept=kept, expected=expected)
@@ -44,7 +44,7 @@ def forward_chunked(
     if kept is not None:
         saved = kept
     elif expected is not None:
-        saved = expected if labelled is None else spread(expected.t(), labelled, count).t()
+        saved = spread(expected, labelled, count, dim=0)
     else:
         saved = hidden.new_empty(0, dtype=dtype)
     return logprob, entropy, lse, state, saved
@@ -70,6 +70,8 @@ def backward_chunked(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; [0] for those not needed."""
+    if mode == "frozen" and (needs[1] or needs[2]):
+        raise RuntimeError("linear_token_stats: mode='frozen' has no gradient of weight and bias; use another mode")
     head = Head(weight=weight, bias=bias, chunk=chunk)
     dtype = statistics_dtype(hidden.dtype)
     labelled = labelled_rows(labels, ignore_index)
@@ -159,12 +161,10 @@ def labelled_rows(labels: Tensor, ignore_index: int) -> Tensor | None:
     return None if bool(kept.all()) else kept.nonzero().squeeze(1)
 
 
-def spread(values: Tensor, places: Tensor | None, count: int) -> Tensor:
-    """[..., n] at their places among `count`, zeros elsewhere."""
+def spread(values: Tensor, places: Tensor | None, count: int, dim: int = -1) -> Tensor:
+    """What dimension dim holds at its places among `count`, zeros elsewhere."""
     if places is None:
         return values
-    return values.new_zeros((*values.shape[:-1], count)).index_copy_(-1, places, values)
-
-
-def kept_shape(count: int, vocab: int, chunk: int) -> tuple[int, int]:
-    return -(-vocab // chunk), count * min(chunk, vocab)
+    shape = list(values.shape)
+    shape[dim] = count
+    return values.new_zeros(shape).index_copy_(dim, places, values)

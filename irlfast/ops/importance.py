@@ -15,12 +15,23 @@ target is unnormalised; so clipping acts on l_k - log Z_hat, the log of K times 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from irlfast.ops._segments import Groups, compute_dtype, require_floating
+from irlfast import _native
+from irlfast.ops._dispatch import (
+    DTYPE_CODES,
+    LIBRARY,
+    Implementation,
+    address,
+    cpu_kernel_unavailable,
+    not_in_this_release,
+    runs_undispatched,
+    select,
+)
+from irlfast.ops._segments import Groups, check_groups, compute_dtype, require_floating
 
 
 class ImportanceWeights(NamedTuple):
@@ -60,38 +71,175 @@ def importance_weights_reference(
     return ImportanceWeights(weights, torch.stack(normalizers), torch.stack(sizes))
 
 
-def importance_weights(
-    log_target: Tensor,  # (N)
-    log_proposal: Tensor,  # (N)
-    *,
-    groups: Tensor | None = None,  # (N)
-    clip: float | tuple[float, float] | None = None,
-    temper: float = 1.0,
-    differentiable: bool = False,
+# The op: both [N] in float32 or float64, groups int64. Normalisers and ESS have one entry a group.
+LIBRARY.define(
+    "importance_weights(Tensor log_target, Tensor log_proposal, Tensor? groups, float low, float high, float temper)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    "importance_weights_backward(Tensor log_target, Tensor log_proposal, Tensor? groups, float low, float high, "
+    "float temper, Tensor? grad_weights, Tensor? grad_log_normalizer, Tensor? grad_ess) -> Tensor"
+)
+
+Weights = tuple[Tensor, Tensor, Tensor]
+
+
+def forward_cpu(
+    log_target: Tensor, log_proposal: Tensor, groups: Tensor | None, low: float, high: float, temper: float
+) -> Weights:
+    """The native forward."""
+    log_target, log_proposal = log_target.contiguous(), log_proposal.contiguous()
+    groups = None if groups is None else groups.contiguous()
+    rows = log_target.shape[0]
+    weights = log_target.new_empty((rows,))
+    space = (rows if groups is not None else 1,)
+    log_normalizer, ess = log_target.new_empty(space), log_target.new_empty(space)
+    count = _native.importance_weights_forward(
+        log_target.data_ptr(),
+        log_proposal.data_ptr(),
+        DTYPE_CODES[log_target.dtype],
+        rows,
+        address(groups),
+        low,
+        high,
+        temper,
+        weights.data_ptr(),
+        log_normalizer.data_ptr(),
+        ess.data_ptr(),
+    )
+    if count < 0:
+        _raise_log_ratio(log_target, log_proposal, -count - 1)
+    if groups is None:
+        return weights, log_normalizer, ess
+    return weights, log_normalizer[:count], ess[:count]
+
+
+def backward_cpu(
+    log_target: Tensor,
+    log_proposal: Tensor,
+    groups: Tensor | None,
+    low: float,
+    high: float,
+    temper: float,
+    grad_weights: Tensor | None,
+    grad_log_normalizer: Tensor | None,
+    grad_ess: Tensor | None,
+) -> Tensor:
+    """The native gradient to log_target; its negative is that to log_proposal."""
+    log_target, log_proposal = log_target.contiguous(), log_proposal.contiguous()
+    groups, grad_weights, grad_log_normalizer, grad_ess = (
+        None if x is None else x.contiguous() for x in (groups, grad_weights, grad_log_normalizer, grad_ess)
+    )
+    gradient = torch.empty_like(log_target)
+    _native.importance_weights_backward(
+        log_target.data_ptr(),
+        log_proposal.data_ptr(),
+        DTYPE_CODES[log_target.dtype],
+        log_target.shape[0],
+        address(groups),
+        low,
+        high,
+        temper,
+        address(grad_weights),
+        address(grad_log_normalizer),
+        address(grad_ess),
+        gradient.data_ptr(),
+    )
+    return gradient
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Weights) -> None:
+    log_target, log_proposal, groups, ctx.low, ctx.high, ctx.temper = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(log_target, log_proposal, groups)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    log_target, log_proposal, groups = ctx.saved_tensors
+    direct = runs_undispatched(log_target) and not torch.is_grad_enabled()
+    run = backward_cpu if direct else torch.ops.irlfast.importance_weights_backward
+    gradient = run(log_target, log_proposal, groups, ctx.low, ctx.high, ctx.temper, *grads)
+    negative = -gradient if ctx.needs_input_grad[1] else None
+    return gradient, negative, None, None, None, None
+
+
+class _ImportanceWeights(torch.autograd.Function):
+    """The registered op without the dispatcher, which costs more than the kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Weights:
+        output = forward_cpu(*inputs)
+        _save_for_backward(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError(
+        "importance_weights: the kernel has no second derivative; use impl='reference' where a gradient of the "
+        "gradient is needed"
+    )
+
+
+def _forward_fake(
+    log_target: Tensor, log_proposal: Tensor, groups: Tensor | None, low: float, high: float, temper: float
+) -> Weights:
+    # How many groups there are, only the data can tell.
+    count = 1 if groups is None else torch.library.get_ctx().new_dynamic_size()
+    return torch.empty_like(log_target), log_target.new_empty((count,)), log_target.new_empty((count,))
+
+
+def _backward_fake(log_target: Tensor, *args: object) -> Tensor:
+    return torch.empty_like(log_target)
+
+
+LIBRARY.impl("importance_weights", forward_cpu, "CPU")
+LIBRARY.impl("importance_weights_backward", backward_cpu, "CPU")
+torch.library.register_fake("irlfast::importance_weights", _forward_fake, lib=LIBRARY)
+torch.library.register_fake("irlfast::importance_weights_backward", _backward_fake, lib=LIBRARY)
+torch.library.register_autograd("irlfast::importance_weights", _backward, setup_context=_save_for_backward, lib=LIBRARY)
+torch.library.register_autograd("irlfast::importance_weights_backward", _no_second_derivative, lib=LIBRARY)
+
+
+def _run_native(
+    log_target: Tensor,
+    log_proposal: Tensor,
+    groups: Tensor | None,
+    bounds: tuple[float, float] | None,
+    temper: float,
+    differentiable: bool,
 ) -> ImportanceWeights:
-    """Weights that turn samples of a proposal into expectations under a target known up to a factor a group.
+    dtype = log_target.dtype
+    if dtype != log_proposal.dtype or dtype not in (torch.float32, torch.float64):
+        dtype = compute_dtype(log_target, log_proposal)
+        log_target, log_proposal = log_target.to(dtype), log_proposal.to(dtype)
+    if groups is not None and groups.dtype != torch.int64:
+        groups = groups.long()
+    low, high = (-math.inf, math.inf) if bounds is None else bounds
+    if runs_undispatched(log_target):
+        wanted = differentiable and torch.is_grad_enabled()
+        run = _ImportanceWeights.apply if wanted else forward_cpu
+        return ImportanceWeights(*run(log_target, log_proposal, groups, low, high, temper))
+    if not differentiable:
+        log_target, log_proposal = log_target.detach(), log_proposal.detach()
+    return ImportanceWeights(*torch.ops.irlfast.importance_weights(log_target, log_proposal, groups, low, high, temper))
 
-    Args:
-        log_target: [N] log p~ of each sample, in nats, up to a constant in each group.
-        log_proposal: [N] log q of each sample under the sampler that drew it, with its temperature, top-p and top-k.
-        groups: [N] integer group ids, in any order, groups of any size; None makes one group of all samples.
-        clip: bounds on a sample's log weight relative to its group's average: a positive number c for (-c, c), or
-            (low, high). Trades bias for variance (truncated importance sampling, Ionides 2008). Without it, none.
-        temper: exponent on the weights, at least 0: 1 leaves them, 0 makes them equal.
-        differentiable: let gradients pass to log_target and log_proposal. By default everything is detached.
 
-    Returns:
-        ImportanceWeights(weights [N], log_normalizer [G], ess [G]) in float32 (float64 where an input is float64).
-        log_normalizer is of the samples as they are; clip and temper act on weights and ess. A sample of log_target
-        -inf has weight 0; a group of nothing else has weights 0, log_normalizer -inf and ess 0.
-
-    Raises:
-        TypeError: a log-density is not floating point, or group ids are not integers.
-        ValueError: shapes that do not fit, no sample, a bad clip or temper, or (on the CPU) a log ratio that is NaN
-            or +inf. On a GPU, where looking would stall, such a group comes out NaN.
-    """
-    log_ratio = _checked_log_ratio(log_target, log_proposal, temper)
-    bounds = clip_bounds(clip)
+def _run_reference(
+    log_target: Tensor,
+    log_proposal: Tensor,
+    groups: Tensor | None,
+    bounds: tuple[float, float] | None,
+    temper: float,
+    differentiable: bool,
+) -> ImportanceWeights:
+    """All groups at once, on any device."""
+    log_ratio = log_target.double() - log_proposal.double()
+    if log_ratio.is_cpu and not torch.compiler.is_compiling():
+        bad = (torch.isnan(log_ratio) | torch.isposinf(log_ratio)).nonzero()
+        if len(bad):
+            _raise_log_ratio(log_target, log_proposal, int(bad[0, 0]))
     if not differentiable:
         log_ratio = log_ratio.detach()
     by_group = Groups.of(groups, log_ratio)
@@ -106,6 +254,72 @@ def importance_weights(
     ess = torch.where(squares == 0, 0.0, 1 / torch.where(squares == 0, 1.0, squares))
     dtype = compute_dtype(log_target, log_proposal)
     return ImportanceWeights(weights.to(dtype), log_normalizer.to(dtype), ess.to(dtype))
+
+
+IMPLEMENTATIONS = {
+    "cpu": Implementation(run=_run_native, unavailable=cpu_kernel_unavailable),
+    "cuda": not_in_this_release("CUDA"),
+    "triton": not_in_this_release("Triton"),
+    "reference": Implementation(run=_run_reference, unavailable=lambda tensor: None),
+}
+
+
+def importance_weights(
+    log_target: Tensor,  # (N)
+    log_proposal: Tensor,  # (N)
+    *,
+    groups: Tensor | None = None,  # (N)
+    clip: float | tuple[float, float] | None = None,
+    temper: float = 1.0,
+    differentiable: bool = False,
+    impl: str = "auto",
+) -> ImportanceWeights:
+    """Weights that turn samples of a proposal into expectations under a target known up to a factor a group.
+
+    Args:
+        log_target: [N] log p~ of each sample, in nats, up to a constant in each group.
+        log_proposal: [N] log q of each sample under the sampler that drew it, with its temperature, top-p and top-k.
+        groups: [N] integer group ids, in any order, groups of any size; None makes one group of all samples.
+        clip: bounds on a sample's log weight relative to its group's average: a positive number c for (-c, c), or
+            (low, high). Trades bias for variance (truncated importance sampling, Ionides 2008). Without it, none.
+        temper: exponent on the weights, at least 0: 1 leaves them, 0 makes them equal.
+        differentiable: let gradients pass to log_target and log_proposal. By default everything is detached.
+            The CPU kernel differentiates once; impl="reference" any number of times.
+        impl: "auto", "reference", "cpu", "cuda" or "triton".
+
+    Returns:
+        ImportanceWeights(weights [N], log_normalizer [G], ess [G]) in float32 (float64 where an input is float64).
+        log_normalizer is of the samples as they are; clip and temper act on weights and ess. A sample of log_target
+        -inf has weight 0; a group of nothing else has weights 0, log_normalizer -inf and ess 0.
+
+    Raises:
+        TypeError: a log-density is not floating point, or group ids are not integers.
+        ValueError: shapes that do not fit, no sample, a bad clip or temper, or (on the CPU) a log ratio that is NaN
+            or +inf. On a GPU, where looking would stall, such a group comes out NaN.
+        RuntimeError: an `impl` that is not available here.
+    """
+    if not (log_target.is_floating_point() and log_proposal.is_floating_point()):
+        require_floating(log_target=log_target, log_proposal=log_proposal)
+    if log_target.ndim != 1 or log_proposal.shape != log_target.shape:
+        raise ValueError(
+            f"log_target has shape {tuple(log_target.shape)} and log_proposal {tuple(log_proposal.shape)}; "
+            "expected two vectors of one length"
+        )
+    if log_target.shape[0] == 0:
+        raise ValueError("log_target is empty; at least one sample is needed to estimate a normaliser")
+    if log_proposal.device != log_target.device:
+        raise ValueError(
+            f"log_proposal is on {log_proposal.device}, log_target on {log_target.device}; move one to the other"
+        )
+    if not 0 <= temper < math.inf:
+        raise ValueError(f"temper is {temper}; expected a finite exponent of at least 0")
+    bounds = clip_bounds(clip)
+    if groups is not None:
+        check_groups(groups, log_target)
+        groups = groups.to(log_target.device)
+    implementation = select("importance_weights", IMPLEMENTATIONS, impl, log_target)
+    result: ImportanceWeights = implementation.run(log_target, log_proposal, groups, bounds, temper, differentiable)
+    return result
 
 
 def clip_bounds(clip: float | tuple[float, float] | None) -> tuple[float, float] | None:
@@ -132,24 +346,8 @@ def temper_log_ratio(
     return torch.where(possible, temper * relative, -torch.inf)
 
 
-def _checked_log_ratio(log_target: Tensor, log_proposal: Tensor, temper: float) -> Tensor:
-    require_floating(log_target=log_target, log_proposal=log_proposal)
-    if log_target.dim() != 1 or log_proposal.shape != log_target.shape:
-        raise ValueError(
-            f"log_target has shape {tuple(log_target.shape)} and log_proposal {tuple(log_proposal.shape)}; "
-            "expected two vectors of one length"
-        )
-    if not len(log_target):
-        raise ValueError("log_target is empty; at least one sample is needed to estimate a normaliser")
-    if not 0 <= temper < math.inf:
-        raise ValueError(f"temper is {temper}; expected a finite exponent of at least 0")
-    log_ratio = log_target.double() - log_proposal.double()
-    if log_ratio.is_cpu:
-        bad = (torch.isnan(log_ratio) | torch.isposinf(log_ratio)).nonzero()
-        if len(bad):
-            i = int(bad[0, 0])
-            raise ValueError(
-                f"log_target[{i}] - log_proposal[{i}] = {float(log_target[i])} - {float(log_proposal[i])} is not a "
-                "log weight; a sample must be possible under its own proposal and its target must not be NaN or +inf"
-            )
-    return log_ratio
+def _raise_log_ratio(log_target: Tensor, log_proposal: Tensor, i: int) -> None:
+    raise ValueError(
+        f"log_target[{i}] - log_proposal[{i}] = {float(log_target[i])} - {float(log_proposal[i])} is not a "
+        "log weight; a sample must be possible under its own proposal and its target must not be NaN or +inf"
+    )

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from irlfast.ops._dispatch import Implementation, cpu_kernel_unavailable, not_in_this_release, select, statistics_dtype
 from irlfast.ops._linear import Gradients, Head, Rows, Upstream, blocks, finish, pull, sweep
-from irlfast.ops._linear_cpu import CpuEpilogue, check_values
-from irlfast.ops._linear_inputs import autocast, check_linear, split_temperature
-from irlfast.ops._linear_modes import kept_shape, labelled_rows
+from irlfast.ops._linear_cpu import CpuEpilogue, check_labels
+from irlfast.ops._linear_inputs import autocast, check_linear, expand_temperature, split_temperature
+from irlfast.ops._linear_modes import labelled_rows
 from irlfast.ops._scaling import check_scaling
+from irlfast.ops._token_stats_cpu import check_row_temperature
 from irlfast.ops.linear_token_stats import CHUNK, linear_token_stats_reference
 from irlfast.ops.token_stats import TokenStats
 
@@ -75,7 +76,7 @@ class _LinearTokenLoss(torch.autograd.Function):
         several = len(numbers) > block
         of_weight = weight.new_empty(weight.shape, dtype=dtype if several else weight.dtype) if needs[1] else None
         of_bias = weight.new_empty(weight.shape[:1], dtype=dtype) if needs[2] else None
-        memory = hidden.new_empty(kept_shape(min(block, len(numbers)), weight.shape[0], chunk), dtype=dtype)
+        memory = hidden.new_empty(min(block, len(numbers)) * weight.shape[0], dtype=dtype)
         total = hidden.new_zeros((), dtype=torch.float64)
         added = False
         for which in blocks(len(numbers), block):
@@ -152,13 +153,13 @@ def _differentiate(loss: TokenLoss, stats: TokenStats, numbers: Tensor) -> tuple
                 f"linear_token_loss: loss gave {given}, expected a 0-d tensor, the sum of the terms of {len(numbers)} "
                 "rows"
             )
-        if not value.requires_grad:
-            return value.detach(), Upstream(*(torch.zeros_like(leaf) for leaf in leaves))
-        gradients = torch.autograd.grad(value, leaves, allow_unused=True)
+        gradients = torch.autograd.grad(value, leaves, allow_unused=True) if value.requires_grad else ()
+    if all(gradient is None for gradient in gradients):
+        gradients = tuple(torch.zeros_like(leaf) for leaf in leaves)
     return value.detach(), Upstream(*gradients)
 
 
-def _run_native(
+def _run_in_blocks(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -173,7 +174,9 @@ def _run_native(
 ) -> Tensor:
     number, row_temperature = split_temperature(temperature, labels.shape, hidden.dtype)
     flat = labels.reshape(-1).long().contiguous()
-    check_values(flat, weight.shape[0], ignore_index, row_temperature)
+    check_labels(labels, weight.shape[0], ignore_index)
+    if row_temperature is not None:
+        check_row_temperature(row_temperature)
     chunk = -(-chunk // CpuEpilogue.piece) * CpuEpilogue.piece
     block = max(1, memory_budget // (weight.shape[0] * statistics_dtype(hidden.dtype).itemsize))
     sources = (hidden, weight, bias)
@@ -186,21 +189,32 @@ def _run_native(
 
 
 def _run_reference(
-    hidden: Tensor, weight: Tensor, labels: Tensor, loss: TokenLoss, *, memory_budget: int, chunk: int, **options: Any
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss: TokenLoss,
+    *,
+    temperature: float | Tensor,
+    memory_budget: int,
+    chunk: int,
+    **options: Any,
 ) -> Tensor:
     """Whole logits: memory_budget and chunk have nothing to decide."""
-    return linear_token_loss_reference(hidden, weight, labels, loss, **options)
+    temperature = expand_temperature(temperature, labels.shape)
+    return linear_token_loss_reference(hidden, weight, labels, loss, temperature=temperature, **options)
 
 
 IMPLEMENTATIONS = {
-    "cpu": Implementation(run=_run_native, unavailable=cpu_kernel_unavailable),
+    "cpu": Implementation(run=_run_in_blocks, unavailable=cpu_kernel_unavailable),
     "cuda": not_in_this_release("CUDA"),
     "triton": not_in_this_release("Triton"),
     "reference": Implementation(run=_run_reference, unavailable=lambda tensor: None),
 }
 
 
-@torch.compiler.disable(reason="irlfast.ops.linear_token_loss calls the given loss block by block")
+# The given loss is called block by block, outside graphs. torch.compiler.disable would import the compiler, seconds of
+# it, together with this module; this does so at the first call, as torch.optim does.
+@torch._disable_dynamo
 def linear_token_loss(
     hidden: Tensor,  # (..., D)
     weight: Tensor,  # (V, D)

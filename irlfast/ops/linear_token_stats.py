@@ -32,9 +32,9 @@ from irlfast.ops._dispatch import (
     select,
     statistics_dtype,
 )
-from irlfast.ops._linear_cpu import CpuEpilogue, check_values
-from irlfast.ops._linear_inputs import autocast, check_linear, split_temperature
-from irlfast.ops._linear_modes import Outputs, backward_chunked, forward_chunked, kept_shape
+from irlfast.ops._linear_cpu import CpuEpilogue, check_labels
+from irlfast.ops._linear_inputs import autocast, check_linear, expand_temperature, split_temperature
+from irlfast.ops._linear_modes import Outputs, backward_chunked, forward_chunked
 from irlfast.ops._scaling import check_scaling
 from irlfast.ops._token_stats_cpu import check_row_temperature
 from irlfast.ops.token_stats import TokenStats, token_stats_reference
@@ -58,13 +58,15 @@ def linear_token_stats_reference(
 ) -> TokenStats:
     """The specification of `linear_token_stats`: whole logits in the statistics' type, then `token_stats_reference`."""
     dtype = statistics_dtype(hidden.dtype)
-    logits = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(hidden.device.type, enabled=False):  # whose product would round the logits
+        logits = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), bias)
     return token_stats_reference(logits, labels, temperature=temperature, softcap=softcap, ignore_index=ignore_index)
 
 
 # hidden [N, D], labels int64 [N]; row_temperature, where given, replaces temperature, one a row, contiguous in the
 # statistics' type; softcap 0 means none. Besides logprob, entropy and lse [N] the op returns state [4, N], what the
-# gradient needs of each row, and what `mode` saves: kept logits [chunks, N * chunk], E [N, D], or nothing [0].
+# gradient needs of each row, and what `mode` saves: kept logits [N * V], E [N, D], or nothing [0].
 LIBRARY.define(
     "linear_token_stats(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? row_temperature, "
     "float temperature, float softcap, int ignore_index, str mode, int chunk) "
@@ -79,7 +81,9 @@ LIBRARY.define(
 
 def _forward_cpu(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any) -> Outputs:
     row_temperature, _, _, ignore_index, *_ = rest
-    check_values(labels, weight.shape[0], ignore_index, row_temperature)
+    check_labels(labels, weight.shape[0], ignore_index)
+    if row_temperature is not None:
+        check_row_temperature(row_temperature)
     return forward_chunked(CpuEpilogue(), hidden, weight, bias, labels, *rest)
 
 
@@ -103,7 +107,7 @@ def _forward_fake(
     count, depth = hidden.shape
     saved: tuple[int, ...] = (0,)
     if mode == "keep":
-        saved = kept_shape(count, weight.shape[0], chunk)
+        saved = (count * weight.shape[0],)
     elif mode == "frozen":
         saved = (count, depth)
     logprob, entropy, lse = (hidden.new_empty((count,), dtype=dtype) for _ in range(3))
@@ -165,6 +169,8 @@ def _run_native(
     chunk: int,
 ) -> TokenStats:
     shape = labels.shape
+    if not torch.compiler.is_compiling():  # where the op itself checks, which sees labels without their shape
+        check_labels(labels, weight.shape[0], ignore_index)
     temperature, row_temperature = split_temperature(temperature, shape, hidden.dtype)
     chunk = -(-chunk // CpuEpilogue.piece) * CpuEpilogue.piece
     mode = resolve_mode(mode, hidden, weight, bias, labels.numel(), memory_budget)
@@ -198,10 +204,7 @@ def _run_reference(
     chunk: int,
 ) -> TokenStats:
     """Whole logits: mode, memory_budget and chunk have nothing to decide."""
-    if isinstance(temperature, Tensor):
-        temperature = temperature.expand(labels.shape)
-        if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_row_temperature(temperature)
+    temperature = expand_temperature(temperature, labels.shape)
     return linear_token_stats_reference(
         hidden, weight, labels, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench._case import OURS, Bar, Contender, Family, Pass, Truth
-from bench._harness import LEAST_ROUNDS, Settings, WrongResult, check, measure_pass, paired_ratio, peak_mib
+from bench._harness import LEAST_ROUNDS, Plan, Settings, WrongResult, check, measure_pass, paired_ratio, peak_mib
 
 X = torch.linspace(-1, 1, 64)
 
@@ -110,6 +110,28 @@ def test_the_check_looks_at_the_part_it_is_told() -> None:
 def test_ratios_are_medians_of_the_rounds_of_both() -> None:
     # The machine slows down fourfold in the second round, and in the last, which only ours runs.
     assert paired_ratio([2.0, 8.0, 2.2], [1.0, 4.0, 1.0, 5.0]) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("family", "seconds", "rounds"),
+    [
+        ("eager", 1e-3, 30),
+        ("eager", 0.1, 5),
+        ("eager", 0.4, 3),
+        ("eager", 1.5, 2),
+        ("ours", 1.5, 3),
+        ("ceiling", 1.5, 3),
+    ],
+)
+def test_rounds_fit_the_budget(family: Family, seconds: float, rounds: int) -> None:
+    plan = Plan.of(Contender(name="x", family=family, run=tuple, prepare=lambda: None), seconds, budget=0.5)
+    assert (plan.rounds, plan.repeats) == (rounds, 1)
+
+
+def test_a_short_call_is_repeated_within_a_timing() -> None:
+    plan = Plan.of(Contender(name="x", family="ours", run=tuple), 1e-5, budget=0.5)
+    assert plan.repeats == 200
+    assert plan.rounds == 30
 
 
 def test_a_slower_rival_has_a_larger_ratio_and_meets_the_bar() -> None:

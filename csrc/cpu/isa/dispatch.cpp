@@ -1,5 +1,7 @@
 #include "irlfast/isa.h"
 #include "isa/pair_spans.h"
+#include "isa/policy_spans.h"
+#include "isa/sequence_spans.h"
 #include "isa/softmax_spans.h"
 
 namespace irlfast {
@@ -68,42 +70,42 @@ Isa best_isa() {
   return best;
 }
 
-const SoftmaxSpans& softmax_spans(Isa isa) {
-  switch (isa) {
+// NAME(isa): the copy of a table of spans that was compiled for an instruction set.
 #ifdef IRLFAST_HAVE_AVX512_BF16
-    case Isa::kAvx512Bf16:
-      return softmax_spans_avx512_bf16();
+#define IRLFAST_CASE_AVX512_BF16(name) \
+  case Isa::kAvx512Bf16:               \
+    return name##_avx512_bf16();
+#else
+#define IRLFAST_CASE_AVX512_BF16(name)
 #endif
 #ifdef IRLFAST_HAVE_AVX512
-    case Isa::kAvx512:
-      return softmax_spans_avx512();
+#define IRLFAST_CASE_AVX512(name) \
+  case Isa::kAvx512:              \
+    return name##_avx512();
+#else
+#define IRLFAST_CASE_AVX512(name)
 #endif
 #ifdef IRLFAST_HAVE_AVX2
-    case Isa::kAvx2:
-      return softmax_spans_avx2();
+#define IRLFAST_CASE_AVX2(name) \
+  case Isa::kAvx2:              \
+    return name##_avx2();
+#else
+#define IRLFAST_CASE_AVX2(name)
 #endif
-    default:
-      return softmax_spans_baseline();
+#define IRLFAST_DISPATCH(Table, name) \
+  const Table& name(Isa isa) {        \
+    switch (isa) {                    \
+      IRLFAST_CASE_AVX512_BF16(name)  \
+      IRLFAST_CASE_AVX512(name)       \
+      IRLFAST_CASE_AVX2(name)         \
+      default:                        \
+        return name##_baseline();     \
+    }                                 \
   }
-}
 
-const PairSpans& pair_spans(Isa isa) {
-  switch (isa) {
-#ifdef IRLFAST_HAVE_AVX512_BF16
-    case Isa::kAvx512Bf16:
-      return pair_spans_avx512_bf16();
-#endif
-#ifdef IRLFAST_HAVE_AVX512
-    case Isa::kAvx512:
-      return pair_spans_avx512();
-#endif
-#ifdef IRLFAST_HAVE_AVX2
-    case Isa::kAvx2:
-      return pair_spans_avx2();
-#endif
-    default:
-      return pair_spans_baseline();
-  }
-}
+IRLFAST_DISPATCH(SoftmaxSpans, softmax_spans)
+IRLFAST_DISPATCH(PolicySpans, policy_spans)
+IRLFAST_DISPATCH(SequenceSpans, sequence_spans)
+IRLFAST_DISPATCH(PairSpans, pair_spans)
 
 }  // namespace irlfast

@@ -1,0 +1,36 @@
+// Self-normalised importance weights within groups, and their gradient.
+#pragma once
+
+#include <cstdint>
+
+#include "irlfast/dtype.h"
+
+namespace irlfast {
+
+struct ImportanceInput {
+  const void* log_target = nullptr;  // [rows], as log_proposal; float or double
+  const void* log_proposal = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t rows = 0;
+  const int64_t* groups = nullptr;  // [rows] ids in any order; null makes one group
+  double clip_low = 0;              // on l - log Z; -inf and inf for none
+  double clip_high = 0;
+  double temper = 1;
+};
+
+// In the input's type. One normaliser and one ESS a group, by rising id; space for as many as there are rows.
+struct ImportanceOutput {
+  void* weights = nullptr;
+  void* log_normalizer = nullptr;
+  void* ess = nullptr;
+};
+
+// The number of groups; or -(i + 1) where log_target[i] - log_proposal[i] is NaN or +inf, and nothing is written.
+int64_t importance_weights_forward(const ImportanceInput& input, const ImportanceOutput& output);
+
+// Upstream gradients as the outputs, null for zero; writes the gradient to log_target, whose negative is
+// log_proposal's.
+void importance_weights_backward(const ImportanceInput& input, const void* grad_weights,
+                                 const void* grad_log_normalizer, const void* grad_ess, void* gradient);
+
+}  // namespace irlfast
