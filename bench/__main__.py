@@ -1,20 +1,25 @@
-"""`python -m bench OP [options]`; `python -m bench OP --help` shows an op's own."""
+"""`python -m bench all`, `python -m bench OP` or `python -m bench table`; each has --help."""
 
 from __future__ import annotations
 
-import importlib
 import sys
-from pathlib import Path
+
+from bench import table
+from bench._run import main as measure
+from bench._run import op_modules
 
 
-def main() -> int:
-    ops = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_"))
-    if len(sys.argv) < 2 or sys.argv[1] not in ops:
-        print(f"usage: python -m bench OP [options], where OP is one of: {', '.join(ops)}", file=sys.stderr)
-        return 2
-    result: int = importlib.import_module(f"bench.{sys.argv[1]}").main(sys.argv[2:])
-    return result
+def main(argv: list[str]) -> int:
+    targets = ["all", *op_modules()]
+    if argv and argv[0] == "table":
+        return table.main(argv[1:])
+    if not argv or argv[0] not in targets:
+        usage = f"usage: python -m bench {{{','.join([*targets, 'table'])}}} [options]; --help after it shows them"
+        asked = bool(argv) and argv[0] in ("-h", "--help")
+        print(usage, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    return measure(argv[0], argv[1:])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,153 +1,242 @@
-"""What every benchmark shares: contenders timed in turn, paired ratios, bandwidth, memory, both malloc settings."""
+"""Measures one pass: every contender checked against float64, timed in turn, its peak memory taken."""
 
 from __future__ import annotations
 
-import datetime
+import ctypes
 import gc
-import json
-import os
-import platform
+import math
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-import irlfast
-from irlfast import _native
+from bench._case import Bar, Contender, Pass, Truth, judge
 
-ROOT = Path(__file__).parents[1]
+# A rival slower than SLOW seconds has LEAST_ROUNDS - 1: it stands far from where a verdict could tip.
+LEAST_ROUNDS, MOST_ROUNDS, SLOW = 3, 30, 1.0
 
-# glibc hands every large block back to the kernel, which then faults it in again page by page; "tuned" keeps them.
-# Half of eager's time is those faults, so a fair comparison shows both.
-MALLOC_SETTINGS: dict[str, dict[str, str]] = {
-    "default": {},
-    "tuned": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"},
-}
+# A call shorter than this is repeated within one timing until it lasts as long.
+LEAST_SECONDS = 2e-3
+
+
+class WrongResult(Exception):
+    """A contender whose outputs are not those of float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contender:
-    """One way to do the work.
+class Settings:
+    """How to measure.
 
     Attributes:
-        run: does it once, and returns what must not be freed inside the timing.
-        prepare: called before each run, outside the timing.
+        budget: seconds that a contender may take for its rounds, of which there are at least LEAST_ROUNDS.
+        memory: whether to measure peak memory, which takes one more run of each.
+        skip: families that do not take part.
     """
 
-    name: str
-    run: Callable[[], Any]
-    prepare: Callable[[], None] = lambda: None
+    budget: float = 0.5
+    memory: bool = False
+    skip: tuple[str, ...] = ()
 
 
-def tests_pass(op: str) -> bool:
-    """Runs the op's tests; their output is shown where they fail."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", str(ROOT / "tests" / "ops" / f"test_{op}.py")]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    if done.returncode != 0:
-        print(done.stdout, file=sys.stderr)
-    return done.returncode == 0
+def measure_pass(work: Pass, malloc: str, settings: Settings) -> list[dict[str, Any]]:
+    """One row for each of our contenders in the pass.
 
-
-def time_in_turn(contenders: Sequence[Contender], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of each contender in each round. Every round runs all of them, each round beginning with another."""
-    times: dict[str, list[float]] = {c.name: [] for c in contenders}
-    for turn in range(-warmup, rounds):
-        start = turn % len(contenders)
-        for contender in [*contenders[start:], *contenders[:start]]:
-            contender.prepare()
-            begin = time.perf_counter()
-            result = contender.run()
-            elapsed = time.perf_counter() - begin
-            del result
-            if turn >= 0:
-                times[contender.name].append(elapsed)
-    return times
-
-
-def paired_ratio(times: dict[str, list[float]], other: str, ours: str) -> float:
-    """Median over rounds of other / ours within the round, which a machine that others use disturbs least."""
-    return statistics.median(a / b for a, b in zip(times[other], times[ours], strict=True))
-
-
-def copy_contender(elements: int) -> Contender:
-    """Copies that many float32 between buffers that are already mapped: reads and writes 4 bytes each."""
-    source, destination = torch.ones(elements), torch.zeros(elements)
-    return Contender(name="copy", run=lambda: destination.copy_(source))
-
-
-def peak_above_inputs(contender: Contender) -> int | None:
-    """Bytes of resident memory that one run needs at most beyond what was there before; None outside Linux."""
-    clear = Path("/proc/self/clear_refs")
-    if not clear.exists():
-        return None
-    contender.prepare()
-    gc.collect()
-    clear.write_text("5")  # resets the peak to what is resident now
-    before = _status_bytes("VmRSS")
-    result = contender.run()
-    peak = _status_bytes("VmHWM")
-    del result
-    return max(0, peak - before)
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def measure_under_malloc_settings(module: str, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """`module.measure(**config)` in a fresh process for each malloc setting: a process cannot change its own."""
-    results = {}
-    for name, settings in MALLOC_SETTINGS.items():
-        code = f"import json, sys, {module} as m; json.dump(m.measure(**json.loads(sys.argv[1])), sys.stdout)"
-        done = subprocess.run(
-            [sys.executable, "-c", code, json.dumps(config)],
-            cwd=ROOT,
-            env={**os.environ, **settings},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=False,
+    Raises:
+        WrongResult: one of ours is wrong. A rival that is wrong or cannot run here is left out, and its row says why.
+    """
+    skipped = dict(work.skipped)
+    errors: dict[str, dict[str, float]] = {}
+    plans: list[Plan] = []
+    memory: dict[str, tuple[float, float] | None] = {}
+    with torch.set_grad_enabled(work.grad):
+        for contender in work.contenders:
+            if contender.family in settings.skip:
+                skipped[contender.name] = f"{contender.family} contenders were left out on request"
+                continue
+            try:
+                errors[contender.name], seconds = _try_out(contender, work.truth, work.tolerance)
+            except Exception as problem:
+                if contender.family in ("ours", "ceiling"):
+                    raise
+                skipped[contender.name] = f"{type(problem).__name__}: {str(problem).strip().splitlines()[0]}"
+                continue
+            if settings.memory and contender.family != "ceiling":
+                memory[contender.name] = peak_mib(contender)
+            plans.append(Plan.of(contender, seconds, settings.budget))
+        times = time_in_turn(plans)
+    rows = []
+    for subject, bars in work.bars.items():
+        figures = {
+            plan.contender.name: {
+                "family": plan.contender.family,
+                "rounds": len(times[plan.contender.name]),
+                "median_ms": statistics.median(times[plan.contender.name]) * 1e3,
+                "ratio": paired_ratio(times[plan.contender.name], times[subject]),
+                **_rates(plan.contender, work, statistics.median(times[plan.contender.name])),
+                **_memory_figures(memory.get(plan.contender.name)),
+                "error": errors[plan.contender.name],
+            }
+            for plan in plans
+        }
+        rows.append(
+            {
+                "pass": work.name,
+                "subject": subject,
+                "malloc": malloc,
+                "contenders": figures,
+                "skipped": skipped,
+                "verdicts": _verdicts(bars, subject, malloc, figures),
+            }
         )
-        if done.returncode != 0:
-            raise RuntimeError(f"the measurement with malloc setting {name!r} failed with status {done.returncode}")
-        results[name] = json.loads(done.stdout)
-    return results
+    return rows
 
 
-def provenance(command: str) -> dict[str, Any]:
-    """Where, when and with what a result was measured."""
-    info = _native.build_info()
+def _verdicts(
+    bars: Sequence[Bar], subject: str, malloc: str, figures: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    return [judge(bar, subject, figures) for bar in bars if bar.malloc in (None, malloc)]
+
+
+def _rates(contender: Contender, work: Pass, seconds: float) -> dict[str, float | None]:
+    nbytes = contender.nbytes or work.nbytes
     return {
-        "command": command,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": _processor(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "irlfast": irlfast.__version__,
-        "compiler": info["compiler"],
-        "isa": info["isa"],
+        "gb_per_s": nbytes / seconds / 1e9 if nbytes else None,
+        "gflop_per_s": work.flop / seconds / 1e9 if work.flop and contender.family != "ceiling" else None,
     }
 
 
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+def _memory_figures(measured: tuple[float, float] | None) -> dict[str, float | None]:
+    peak, extra = measured or (None, None)
+    return {"peak_mib": peak, "extra_mib": extra}
 
 
-def write_json(path: str, result: dict[str, Any]) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(result, indent=1) + "\n")
+def _try_out(contender: Contender, truth: Sequence[Truth], tolerance: float) -> tuple[dict[str, float], float]:
+    """Largest absolute error of each output, and how long a run takes about."""
+    result, seconds = _run_once(contender)
+    errors = {} if contender.family == "ceiling" else check(contender.name, result, truth, tolerance)
+    del result
+    if contender.family == "compile" or seconds < 0.1:  # the first run compiled, or filled caches
+        seconds = _run_once(contender)[1]
+    return errors, seconds
+
+
+def _run_once(contender: Contender) -> tuple[Sequence[Tensor], float]:
+    if contender.prepare is not None:
+        contender.prepare()
+    begin = time.perf_counter()
+    result = contender.run()
+    return result, time.perf_counter() - begin
+
+
+def check(name: str, result: Sequence[Tensor], truth: Sequence[Truth], tolerance: float) -> dict[str, float]:
+    """Largest absolute error of each output against float64.
+
+    Raises:
+        WrongResult: errors beyond the tolerance, relative to the largest value, or in sum to the sum of magnitudes;
+            NaN where the truth has none; outputs missing.
+    """
+    if len(result) != len(truth):
+        raise WrongResult(f"{name} returns {len(result)} outputs, expected {', '.join(t.name for t in truth)}")
+    errors = {}
+    for value, exact in zip(result, truth, strict=True):
+        found = value.detach()[exact.select].double()
+        if found.shape != exact.value.shape:
+            raise WrongResult(f"{name}: {exact.name} has shape {tuple(found.shape)}, not {tuple(exact.value.shape)}")
+        error = (found - exact.value).abs()
+        largest, total = (float(x) for x in (error.amax(), error.sum()))
+        for what, wrong, scale in (
+            ("largest", largest, exact.value.abs().amax()),
+            ("summed", total, exact.value.abs().sum()),
+        ):
+            if not wrong <= tolerance * float(scale):
+                raise WrongResult(
+                    f"{name}: {exact.name} is wrong, its {what} error is {wrong:.3g} beside {float(scale):.3g}, "
+                    f"and {tolerance:g} of that is allowed"
+                )
+        errors[exact.name] = largest
+    return errors
+
+
+@dataclass(frozen=True)
+class Plan:
+    contender: Contender
+    rounds: int
+    repeats: int
+
+    @classmethod
+    def of(cls, contender: Contender, seconds: float, budget: float) -> Plan:
+        repeats = 1
+        if contender.prepare is None:
+            repeats = max(1, math.ceil(LEAST_SECONDS / max(seconds, 1e-7)))
+        rounds = int(budget / max(seconds * repeats, 1e-7))
+        least = LEAST_ROUNDS - (contender.family in ("eager", "compile", "peer") and seconds > SLOW)
+        return cls(contender, min(max(rounds, least), MOST_ROUNDS), repeats)
+
+
+def time_in_turn(plans: Sequence[Plan]) -> dict[str, list[float]]:
+    """Seconds of each contender in each of its rounds.
+
+    A round runs all that have rounds left, beginning with another one each time. Ours take part in every round, so
+    that each other time has theirs beside it.
+    """
+    times: dict[str, list[float]] = {plan.contender.name: [] for plan in plans}
+    most = max(plan.rounds for plan in plans if plan.contender.family == "ours")
+    for turn in range(most):
+        start = turn % len(plans)
+        for plan in [*plans[start:], *plans[:start]]:
+            if plan.contender.family == "ours" or turn < plan.rounds:
+                times[plan.contender.name].append(_seconds(plan))
+    return times
+
+
+def _seconds(plan: Plan) -> float:
+    run: Callable[[], Any] = plan.contender.run
+    if plan.contender.prepare is not None:
+        plan.contender.prepare()
+    if plan.repeats == 1:
+        begin = time.perf_counter()
+        result = run()
+        elapsed = time.perf_counter() - begin
+        del result  # freeing is not timed
+        return elapsed
+    begin = time.perf_counter()
+    for _ in range(plan.repeats):
+        run()
+    return (time.perf_counter() - begin) / plan.repeats
+
+
+def paired_ratio(other: Sequence[float], ours: Sequence[float]) -> float:
+    """Median over the rounds of both of other / ours within the round, which a busy machine disturbs least."""
+    return statistics.median(a / b for a, b in zip(other, ours, strict=False))
+
+
+def peak_mib(contender: Contender) -> tuple[float, float] | None:
+    """MiB of resident memory that one run needs at most above its inputs, and above inputs and outputs.
+
+    None outside Linux, or where the kernel does not let the peak be reset.
+    """
+    if contender.prepare is not None:
+        contender.prepare()
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator holds would hide what the run needs
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
+    except (OSError, AttributeError):
+        return None
+    before = _status_mib("VmRSS")
+    result = contender.run()
+    peak = max(0.0, _status_mib("VmHWM") - before)
+    outputs = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() / 2**20 for x in result}
+    return peak, max(0.0, peak - sum(outputs.values()))
+
+
+def _status_mib(field: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")

@@ -1,35 +1,41 @@
-"""token_stats beside eager PyTorch and torch.compile: the same outputs and upstream gradients asked of all."""
+"""token_stats and token_logprobs: lines A (log-prob), B (log-prob and entropy) and the overhead of a call."""
 
 from __future__ import annotations
 
-import argparse
-import shlex
-import statistics
-import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from bench._harness import (
-    Contender,
-    copy_contender,
-    measure_under_malloc_settings,
-    paired_ratio,
-    peak_above_inputs,
-    provenance,
-    tests_pass,
-    time_in_turn,
-    write_json,
-)
+from bench import _peers
+from bench._case import OURS, Bar, Case, Contender, Family, Pass, Truth
+from bench._ceilings import bandwidth_ceilings
 from irlfast.ops import token_logprobs, token_stats, token_stats_reference
 
 Outputs = tuple[Tensor, ...]
 Form = Callable[[Tensor, Tensor], Outputs]
 
-OURS = "irlfast"
-OURS_INPLACE = "irlfast, gradient in place"
+IN_PLACE = "irlfast, gradient in place"
+LOGPROB, BOTH = "log-prob", "log-prob and entropy"
+OUTPUTS = {LOGPROB: ("logprob",), BOTH: ("logprob", "entropy")}
+
+SHAPES = ((1024, 50304), (512, 151936), (2048, 32000), (256, 262144))
+DTYPES = ("float32", "bfloat16")
+CASES = (
+    *(
+        Case(op="token_stats", line=line, work=work, shape=shape, dtype=dtype)
+        for line, work in (("A", LOGPROB), ("B", BOTH))
+        for shape in SHAPES
+        for dtype in DTYPES
+    ),
+    *(
+        Case(op="token_stats", line="overhead", work=work, shape=(4, 64), dtype="float32", mallocs=("tuned",))
+        for work in (LOGPROB, BOTH)
+    ),
+)
+
+LARGEST_ERRORS = {"logprob": 1e-6, "entropy": 7e-7}
+GRADIENT_ROWS = slice(0, 8)
 
 
 def logprob_gathered(logits: Tensor, labels: Tensor) -> Outputs:
@@ -56,145 +62,169 @@ def entropy_by_p_log_p(logits: Tensor, labels: Tensor) -> Outputs:
 
 
 FORMS: dict[str, dict[str, Form]] = {
-    "logprob": {"log-softmax form": logprob_gathered, "lse form": logprob_less_lse},
-    "logprob_entropy": {"softmax form": entropy_by_softmax, "p log p form": entropy_by_p_log_p},
+    LOGPROB: {"log-softmax form": logprob_gathered, "lse form": logprob_less_lse},
+    BOTH: {"softmax form": entropy_by_softmax, "p log p form": entropy_by_p_log_p},
 }
 
 
-def ours(outputs: str, inplace: bool = False) -> Form:
-    def form(logits: Tensor, labels: Tensor) -> Outputs:
-        if outputs == "logprob":
-            return (token_logprobs(logits, labels, inplace_backward=inplace),)
-        return tuple(token_stats(logits, labels, inplace_backward=inplace)[:2])
-
-    return form
+def ours(work: str, inplace: bool = False) -> Form:
+    if work == LOGPROB:
+        return lambda logits, labels: (token_logprobs(logits, labels, inplace_backward=inplace),)
+    return lambda logits, labels: tuple(token_stats(logits, labels, inplace_backward=inplace)[:2])
 
 
-def gradient(form: Form, logits: Tensor, labels: Tensor, upstream: Outputs) -> Tensor:
-    return torch.autograd.grad(form(logits, labels), logits, upstream)[0]
+def speedup_bars(case: Case, name: str) -> list[Bar]:
+    # The one entry whose measured rivals leave less than 3 to any kernel that reads its logits once.
+    low = (case.line, case.shape, case.dtype, name) == ("A", (1024, 50304), "float32", "forward")
+    return [
+        Bar(kind="speedup", against="compile", limit=2.4 if low else 3),
+        Bar(kind="speedup", against="eager", limit=3 if case.line == "A" else 7, malloc="tuned"),
+    ]
 
 
-def assert_right(name: str, values: Outputs, gradient_: Tensor, logits: Tensor, labels: Tensor, g: Outputs) -> None:
-    """Against float64 on some rows; loose enough for every form, tight enough to know a wrong one."""
-    rows = slice(0, 8)
-    leaf = logits[rows].double().requires_grad_()
-    exact = token_stats_reference(leaf, labels[rows])[: len(values)]
-    (expected,) = torch.autograd.grad(exact, leaf, [x[rows].double() for x in g])
-    for value, truth in zip(values, exact, strict=True):
-        torch.testing.assert_close(value[rows].double(), truth.detach(), rtol=1e-4, atol=1e-4, msg=f"{name} is wrong")
-    half = 1e-2 if logits.dtype != torch.float32 else 1e-4
-    torch.testing.assert_close(gradient_[rows].double(), expected, rtol=half, atol=1e-5, msg=f"{name}: wrong gradient")
+def error_bars(outputs: tuple[str, ...]) -> list[Bar]:
+    return [Bar(kind="error", against=output, limit=LARGEST_ERRORS[output]) for output in outputs]
 
 
-def measure(rows: int, vocab: int, dtype: str, outputs: str, rounds: int, threads: int) -> dict[str, Any]:
-    """Seconds, paired ratios, bandwidth and memory of every contender, forward and forward + backward."""
-    torch.manual_seed(0)
-    torch.set_num_threads(threads)
-    logits = (torch.randn(rows, vocab) * 3).to(getattr(torch, dtype))
+def rivals(case: Case) -> tuple[list[tuple[str, Family, Form]], dict[str, str]]:
+    """(name, family, form) of each rival, and those that are missing with the reason."""
+    forms: list[tuple[str, Family, Form]] = []
+    for name, form in FORMS[case.work].items():
+        forms.append((f"eager, {name}", "eager", form))
+        forms.append((f"torch.compile, {name}", "compile", torch.compile(form, fullgraph=True, dynamic=False)))
+    peers, missing = _peers.logprob_peers() if case.work == LOGPROB else _peers.logprob_entropy_peers()
+    forms.extend((name, "peer", form) for name, form in peers.items())
+    return forms, missing
+
+
+def passes(case: Case) -> Iterator[Pass]:
+    """Forward; forward + backward, with fresh gradients and in place; the backward pass in place alone."""
+    rows, vocab = case.shape
+    logits = (torch.randn(rows, vocab) * 3).to(case.torch_dtype)
     labels = torch.randint(vocab, (rows,))
-    count = len(outputs.split("_"))
-    upstream = tuple(torch.randn(rows) for _ in range(count))
-    leaf = logits.detach().requires_grad_()
-    forms: dict[str, Form] = {OURS: ours(outputs)}
-    for name, form in FORMS[outputs].items():
-        forms[f"eager, {name}"] = form
-        forms[f"torch.compile, {name}"] = torch.compile(form, fullgraph=True, dynamic=False)
-
-    forward, both = [], []
-    for name, form in forms.items():
-        with torch.no_grad():
-            values = form(logits, labels)
-        assert_right(name, values, gradient(form, leaf, labels, upstream), logits, labels, upstream)
-        forward.append(Contender(name=name, run=_forward(form, logits, labels)))
-        both.append(Contender(name=name, run=_both(form, leaf, labels, upstream)))
-    owned = logits.clone().requires_grad_() * 1
-    inplace = ours(outputs, inplace=True)
-    result = gradient(inplace, owned, labels, upstream)
-    assert result.data_ptr() == owned.data_ptr()
-    assert_right(OURS_INPLACE, forms[OURS](logits, labels), result, logits, labels, upstream)
-
-    # A tensor that is no leaf, as logits out of a model are; refilled before each run, outside the timing.
-    held: list[Tensor] = [owned]
-
-    def refill() -> None:
-        held[0] = held[0].detach().copy_(logits).requires_grad_().view_as(logits)
-
-    both.append(Contender(name=OURS_INPLACE, run=lambda: gradient(inplace, held[0], labels, upstream), prepare=refill))
-
+    outputs = OUTPUTS[case.work]
+    upstream = tuple(torch.randn(rows) for _ in outputs)
+    others, missing = rivals(case)
+    forms: list[tuple[str, Family, Form]] = [(OURS, "ours", ours(case.work)), *others]
+    small = case.line == "overhead"
     nbytes = logits.numel() * logits.element_size()
-    copy = copy_contender(max(logits.numel(), 1 << 24))
-    copied = 8 * max(logits.numel(), 1 << 24)
-    report = {}
-    for kind, contenders, passes in (("forward", forward, 1), ("forward + backward", both, 3)):
-        with torch.set_grad_enabled(kind != "forward"):
-            memory = {c.name: peak_above_inputs(c) for c in contenders}
-            times = time_in_turn([*contenders, copy], rounds)
-        report[kind] = {
-            "copy_gb_per_s": copied / statistics.median(times["copy"]) / 1e9,
-            "contenders": {
-                c.name: {
-                    "median_ms": statistics.median(times[c.name]) * 1e3,
-                    "ratio_to_irlfast": paired_ratio(times, c.name, OURS),
-                    "ratio_to_irlfast_inplace": paired_ratio(times, c.name, OURS_INPLACE) if passes == 3 else None,
-                    "gb_per_s": passes * nbytes / statistics.median(times[c.name]) / 1e9,
-                    "peak_mib_above_inputs": None if (m := memory[c.name]) is None else m / 2**20,
-                }
-                for c in contenders
-            },
-        }
-    return report
+    tolerance = 1e-3 if case.dtype == "float32" else 5e-2  # peers that compute in 16 bits come close to it
+
+    forward_bars = [*error_bars(outputs)] if small else [*speedup_bars(case, "forward"), *error_bars(outputs)]
+    if not small:
+        shares = ((0.9, False),) if case.dtype == "float32" else ((0.65, False), (0.8, True))
+        forward_bars += [Bar(kind="share", against={"read": 1}, limit=share, further=f) for share, f in shares]
+    yield Pass(
+        name="forward",
+        contenders=[
+            *(Contender(name=n, family=family, run=_forward(form, logits, labels)) for n, family, form in forms),
+            *([] if small else bandwidth_ceilings("read", "copy", nbytes=nbytes)),
+        ],
+        bars={OURS: forward_bars},
+        truth=forward_truth(logits, labels, outputs),
+        tolerance=tolerance,
+        skipped=missing,
+        nbytes=nbytes,
+        grad=False,
+    )
+    leaf = logits.detach().requires_grad_()
+    if small:
+        yield Pass(
+            name="forward, recorded for backward",
+            contenders=[Contender(name=n, family=family, run=_forward(f, leaf, labels)) for n, family, f in forms],
+            bars={OURS: [Bar(kind="seconds", limit=12e-6)]},
+            truth=forward_truth(logits, labels, outputs),
+            tolerance=tolerance,
+            skipped=missing,
+        )
+
+    truth = gradient_truth(logits, labels, upstream)
+    contenders = [Contender(name=n, family=fam, run=_both(f, leaf, labels, upstream)) for n, fam, f in forms]
+    bars = {OURS: [] if small else speedup_bars(case, "forward + backward")}
+    if not small:
+        contenders.append(_both_in_place(case.work, logits, labels, upstream))
+        bars[IN_PLACE] = bars[OURS]
+    yield Pass(
+        name="forward + backward",
+        contenders=contenders,
+        bars=bars,
+        truth=[truth],
+        tolerance=tolerance,
+        skipped=missing,
+        nbytes=3 * nbytes,
+    )
+    if not small:
+        share = [Bar(kind="share", against={"update": 1}, limit=0.85)] if case.dtype == "float32" else []
+        yield Pass(
+            name="backward in place",
+            contenders=[
+                _backward_in_place(case.work, logits, labels, upstream),
+                *bandwidth_ceilings("update", nbytes=nbytes),
+            ],
+            bars={IN_PLACE: share},
+            truth=[truth],
+            tolerance=tolerance,
+            nbytes=2 * nbytes,
+        )
 
 
-def _forward(form: Form, logits: Tensor, labels: Tensor) -> Callable[[], Any]:
+def forward_truth(logits: Tensor, labels: Tensor, outputs: tuple[str, ...]) -> list[Truth]:
+    """Every row, a few at a time: float64 needs much memory."""
+    parts = [token_stats_reference(z.double(), y) for z, y in zip(logits.split(64), labels.split(64), strict=True)]
+    return [Truth(name=name, value=torch.cat([getattr(part, name) for part in parts])) for name in outputs]
+
+
+def gradient_truth(logits: Tensor, labels: Tensor, upstream: Outputs) -> Truth:
+    leaf = logits[GRADIENT_ROWS].double().requires_grad_()
+    exact = token_stats_reference(leaf, labels[GRADIENT_ROWS])[: len(upstream)]
+    (value,) = torch.autograd.grad(exact, leaf, [g[GRADIENT_ROWS].double() for g in upstream])
+    return Truth(name="gradient", value=value, select=GRADIENT_ROWS)
+
+
+def _forward(form: Form, logits: Tensor, labels: Tensor) -> Callable[[], Outputs]:
     return lambda: form(logits, labels)
 
 
-def _both(form: Form, leaf: Tensor, labels: Tensor, upstream: Outputs) -> Callable[[], Any]:
-    return lambda: gradient(form, leaf, labels, upstream)
+def _both(form: Form, leaf: Tensor, labels: Tensor, upstream: Outputs) -> Callable[[], Outputs]:
+    def run() -> Outputs:
+        values = form(leaf, labels)
+        return torch.autograd.grad(values, leaf, [g.to(v.dtype) for v, g in zip(values, upstream, strict=True)])
+
+    return run
 
 
-def print_report(results: dict[str, dict[str, Any]]) -> None:
-    for setting, report in results.items():
-        for kind, block in report.items():
-            print(f"\n{kind}, malloc {setting}; copy bandwidth in this run {block['copy_gb_per_s']:.1f} GB/s")
-            print(f"{'':32}{'ms':>9}{'x irlfast':>11}{'x in place':>12}{'GB/s':>8}{'peak MiB':>10}")
-            for name, row in block["contenders"].items():
-                inplace, peak = row["ratio_to_irlfast_inplace"], row["peak_mib_above_inputs"]
-                print(
-                    f"{name:32}{row['median_ms']:9.2f}{row['ratio_to_irlfast']:11.2f}"
-                    f"{'' if inplace is None else f'{inplace:.2f}':>12}{row['gb_per_s']:8.1f}"
-                    f"{'' if peak is None else f'{peak:.0f}':>10}"
-                )
-            for family in ("eager", "torch.compile"):
-                better = min(
-                    (n for n in block["contenders"] if n.startswith(family)),
-                    key=lambda n: block["contenders"][n]["median_ms"],
-                )
-                print(
-                    f"the better {family} takes {block['contenders'][better]['ratio_to_irlfast']:.2f} x irlfast's time"
-                )
+class Refilled:
+    """Logits that are no leaf, as a model's are; filled again before each run, as the gradient overwrites them."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.source = logits
+        self.buffer = torch.empty_like(logits)
+        self.fill()
+
+    def fill(self) -> None:
+        self.current = self.buffer.detach().copy_(self.source).requires_grad_().view_as(self.buffer)
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench token_stats", description=__doc__)
-    parser.add_argument("--rows", type=int, default=1024)
-    parser.add_argument("--vocab", type=int, default=50304)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--outputs", choices=list(FORMS), default="logprob_entropy")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", metavar="FILE", help="write the results there too")
-    arguments = parser.parse_args(argv)
-    if not tests_pass("token_stats"):
-        print("token_stats fails its tests: no figures", file=sys.stderr)
-        return 1
-    command = shlex.join(["python", "-m", "bench", "token_stats", *argv])
-    config = {k: v for k, v in vars(arguments).items() if k != "json"}
-    origin = provenance(command)
-    results = measure_under_malloc_settings("bench.token_stats", config)
-    print(f"{command}\n{origin['machine']}, {arguments.threads} threads, {origin['isa']}, torch {origin['torch']}")
-    print("peak MiB: resident memory of one run above what was there before; ratios: medians of paired rounds")
-    print_report(results)
-    if arguments.json is not None:
-        write_json(arguments.json, {**origin, "config": config, "malloc": results})
-    return 0
+def _both_in_place(work: str, logits: Tensor, labels: Tensor, upstream: Outputs) -> Contender:
+    held, form = Refilled(logits), ours(work, inplace=True)
+
+    def run() -> Outputs:
+        return torch.autograd.grad(form(held.current, labels), held.current, upstream)
+
+    return Contender(name=IN_PLACE, family="ours", run=run, prepare=held.fill)
+
+
+def _backward_in_place(work: str, logits: Tensor, labels: Tensor, upstream: Outputs) -> Contender:
+    held, form = Refilled(logits), ours(work, inplace=True)
+    values: list[Outputs] = []
+
+    def prepare() -> None:
+        held.fill()
+        values[:] = [form(held.current, labels)]
+
+    return Contender(
+        name=IN_PLACE,
+        family="ours",
+        run=lambda: torch.autograd.grad(values[0], held.current, upstream),
+        prepare=prepare,
+    )

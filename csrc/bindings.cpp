@@ -8,14 +8,17 @@
 #include <tuple>
 #include <vector>
 
+#include "irlfast/bf16_product.h"
 #include "irlfast/dtype.h"
 #include "irlfast/gae.h"
 #include "irlfast/huge_pages.h"
 #include "irlfast/importance.h"
 #include "irlfast/isa.h"
+#include "irlfast/linear_policy_ref_stats.h"
 #include "irlfast/linear_token_stats.h"
 #include "irlfast/policy_terms.h"
 #include "irlfast/sequence.h"
+#include "irlfast/token_kl.h"
 #include "irlfast/token_stats.h"
 
 namespace py = pybind11;
@@ -56,6 +59,7 @@ py::dict build_info() {
   info["isas_built"] = built;
   info["isas_usable"] = usable;
   info["isa"] = irlfast::isa_name(irlfast::best_isa());
+  info["bf16_product"] = irlfast::bf16_product_available();
   info["cuda_built"] = bool(IRLFAST_CUDA_BUILT);
   info["cuda_compiler"] = IRLFAST_CUDA_COMPILER;
   info["cuda_architectures"] = split(IRLFAST_CUDA_ARCHITECTURES);
@@ -130,8 +134,8 @@ void token_stats_forward(uintptr_t logits, int dtype, const Layout& layout, int6
   irlfast::TokenStatsOutput output;
   if (labels_per_row > 0) output.logprob = pointer<void>(logprob, "logprob");
   output.entropy = reinterpret_cast<void*>(entropy);
-  output.lse = pointer<void>(lse, "lse");
-  output.state = pointer<void>(state, "state");
+  output.lse = reinterpret_cast<void*>(lse);
+  output.state = reinterpret_cast<void*>(state);
   py::gil_scoped_release release;
   irlfast::token_stats_forward(input, output, threads, selected);
 }
@@ -187,15 +191,17 @@ irlfast::TokenStatsGradient parse_chunk_gradient(const irlfast::TokenStatsInput&
 
 void linear_token_stats_merge(uintptr_t logits, int dtype, int64_t stride, int64_t rows, int64_t first_column,
                               int64_t columns, uintptr_t labels, double temperature, uintptr_t row_temperature,
-                              double softcap, uintptr_t running, bool weighted, int threads, const std::string& isa) {
+                              double softcap, uintptr_t running, int64_t running_stride, bool weighted, int threads,
+                              const std::string& isa) {
   const irlfast::Isa selected = parse_isa(isa);
   if (rows == 0) return;
   const irlfast::TokenStatsInput input =
       parse_chunk(logits, dtype, stride, rows, first_column, columns, labels, temperature, row_temperature, softcap);
   double* state = pointer<double>(running, "running");
   py::gil_scoped_release release;
-  irlfast::linear_token_stats_merge(input, weighted, {state, state + rows, state + 2 * rows, state + 3 * rows}, threads,
-                                    selected);
+  irlfast::linear_token_stats_merge(
+      input, weighted, {state, state + running_stride, state + 2 * running_stride, state + 3 * running_stride}, threads,
+      selected);
 }
 
 void linear_token_stats_exponentials(uintptr_t logits, int dtype, int64_t stride, int64_t rows, int64_t first_column,
@@ -212,18 +218,21 @@ void linear_token_stats_exponentials(uintptr_t logits, int dtype, int64_t stride
   irlfast::linear_token_stats_exponentials(input, maxima, written, threads, selected);
 }
 
-void linear_token_stats_differentiate(uintptr_t logits, int dtype, int64_t stride, uintptr_t row_numbers, int64_t rows,
-                                      int64_t first_column, int64_t columns, uintptr_t labels, double temperature,
-                                      uintptr_t row_temperature, double softcap, uintptr_t state,
-                                      uintptr_t grad_logprob, uintptr_t grad_entropy, uintptr_t grad_lse,
-                                      uintptr_t gradient, int gradient_dtype, int64_t gradient_stride, int threads,
+void linear_token_stats_differentiate(uintptr_t logits, int dtype, int64_t stride, int64_t rows, int64_t first_column,
+                                      int64_t columns, uintptr_t labels, double temperature, uintptr_t row_temperature,
+                                      double softcap, uintptr_t row_numbers, uintptr_t state, uintptr_t grad_logprob,
+                                      uintptr_t grad_entropy, uintptr_t grad_lse, uintptr_t gradient,
+                                      int gradient_dtype, int64_t gradient_stride, int threads,
                                       const std::string& isa) {
   const irlfast::Isa selected = parse_isa(isa);
   if (rows == 0) return;
   irlfast::TokenStatsInput input =
       parse_chunk(logits, dtype, stride, rows, first_column, columns, labels, temperature, row_temperature, softcap);
-  input.row_numbers = reinterpret_cast<const int64_t*>(row_numbers);
-  input.numbered_rows = rows;
+  if (row_numbers != 0) {
+    input.row_numbers = reinterpret_cast<const int64_t*>(row_numbers);
+    input.numbered_rows = rows;
+    input.layout.inner = INT64_MAX;  // how many rows the numbers may refer to is not known here
+  }
   const irlfast::TokenStatsGradient written =
       parse_chunk_gradient(input, gradient, gradient_dtype, gradient_stride, rows);
   const void* saved = pointer<const void>(state, "state");
@@ -235,9 +244,161 @@ void linear_token_stats_differentiate(uintptr_t logits, int dtype, int64_t strid
   irlfast::token_stats_backward(input, saved, upstream, written, threads, selected);
 }
 
+// A chunk of columns of two models: one type, rows, labels and temperatures, two addresses and strides.
+irlfast::PairChunk parse_pair_chunk(uintptr_t logits, int64_t stride, uintptr_t ref_logits, int64_t ref_stride,
+                                    int dtype, int64_t rows, int64_t first_column, int64_t columns, uintptr_t labels,
+                                    double temperature, uintptr_t row_temperature, double softcap) {
+  return {
+      parse_chunk(logits, dtype, stride, rows, first_column, columns, labels, temperature, row_temperature, softcap),
+      parse_chunk(ref_logits, dtype, ref_stride, rows, first_column, columns, labels, temperature, row_temperature,
+                  softcap)};
+}
+
+void linear_policy_ref_stats_merge(uintptr_t logits, int64_t stride, uintptr_t ref_logits, int64_t ref_stride,
+                                   int dtype, int64_t rows, int64_t first_column, int64_t columns, uintptr_t labels,
+                                   double temperature, uintptr_t row_temperature, double softcap, uintptr_t running,
+                                   int64_t running_stride, int threads, const std::string& isa) {
+  const irlfast::Isa selected = parse_isa(isa);
+  if (rows == 0) return;
+  const irlfast::PairChunk chunk = parse_pair_chunk(logits, stride, ref_logits, ref_stride, dtype, rows, first_column,
+                                                    columns, labels, temperature, row_temperature, softcap);
+  double* state = pointer<double>(running, "running");
+  py::gil_scoped_release release;
+  irlfast::linear_policy_ref_stats_merge(chunk, state, running_stride, threads, selected);
+}
+
+void linear_policy_ref_stats_differentiate(uintptr_t logits, int64_t stride, uintptr_t ref_logits, int64_t ref_stride,
+                                           int dtype, int64_t rows, int64_t first_column, int64_t columns,
+                                           uintptr_t labels, double temperature, uintptr_t row_temperature,
+                                           double softcap, uintptr_t running, int64_t running_stride,
+                                           uintptr_t grad_logprob, uintptr_t grad_entropy, uintptr_t grad_lse,
+                                           uintptr_t grad_reverse_kl, uintptr_t grad_forward_kl, uintptr_t gradient,
+                                           int gradient_dtype, int64_t gradient_stride, int threads,
+                                           const std::string& isa) {
+  const irlfast::Isa selected = parse_isa(isa);
+  if (rows == 0) return;
+  const irlfast::PairChunk chunk = parse_pair_chunk(logits, stride, ref_logits, ref_stride, dtype, rows, first_column,
+                                                    columns, labels, temperature, row_temperature, softcap);
+  const irlfast::TokenStatsGradient written =
+      parse_chunk_gradient(chunk.policy, gradient, gradient_dtype, gradient_stride, rows);
+  const double* state = pointer<const double>(running, "running");
+  const auto received = [](uintptr_t address) { return reinterpret_cast<const void*>(address); };
+  const irlfast::PairUpstream upstream{received(grad_logprob), received(grad_entropy), received(grad_lse),
+                                       received(grad_reverse_kl), received(grad_forward_kl)};
+  py::gil_scoped_release release;
+  irlfast::linear_policy_ref_stats_differentiate(chunk, state, running_stride, upstream, written, threads, selected);
+}
+
+irlfast::TokenKlInput parse_kl_input(uintptr_t logits, uintptr_t ref_logits, int dtype, const Layout& layout,
+                                     const Layout& ref_layout, int64_t vocab, int kind, double weight,
+                                     double temperature, uintptr_t row_temperature, double softcap) {
+  if (vocab < 1) throw std::invalid_argument("vocab = " + std::to_string(vocab) + " is below 1");
+  if (kind < 0 || kind >= irlfast::kDivergences) {
+    throw std::invalid_argument("kind " + std::to_string(kind) + " is unknown; the kinds are DIVERGENCES");
+  }
+  irlfast::TokenKlInput input;
+  input.dtype = parse_dtype(dtype);
+  input.layout = parse_layout(layout, "layout");
+  input.ref_layout = parse_layout(ref_layout, "ref_layout");
+  if (input.layout.rows() != input.ref_layout.rows()) {
+    throw std::invalid_argument("the reference has " + std::to_string(input.ref_layout.rows()) + " rows, the logits " +
+                                std::to_string(input.layout.rows()));
+  }
+  input.vocab = vocab;
+  input.kind = static_cast<irlfast::Divergence>(kind);
+  input.weight = weight;
+  input.temperature = temperature;
+  input.softcap = softcap;
+  if (input.layout.rows() > 0) {
+    input.logits = pointer<const void>(logits, "logits");
+    input.ref_logits = pointer<const void>(ref_logits, "ref_logits");
+    input.row_temperature = reinterpret_cast<const void*>(row_temperature);
+  }
+  return input;
+}
+
+void token_kl_forward(uintptr_t logits, uintptr_t ref_logits, int dtype, const Layout& layout, const Layout& ref_layout,
+                      int64_t vocab, int kind, double weight, double temperature, uintptr_t row_temperature,
+                      double softcap, uintptr_t kl, uintptr_t state, int threads, const std::string& isa) {
+  const irlfast::TokenKlInput input = parse_kl_input(logits, ref_logits, dtype, layout, ref_layout, vocab, kind, weight,
+                                                     temperature, row_temperature, softcap);
+  const irlfast::Isa selected = parse_isa(isa);
+  if (input.layout.rows() == 0) return;
+  void* result = pointer<void>(kl, "kl");
+  double* saved = pointer<double>(state, "state");
+  py::gil_scoped_release release;
+  irlfast::token_kl_forward(input, result, saved, threads, selected);
+}
+
+void token_kl_backward(uintptr_t logits, uintptr_t ref_logits, int dtype, const Layout& layout,
+                       const Layout& ref_layout, int64_t vocab, int kind, double weight, double temperature,
+                       uintptr_t row_temperature, double softcap, uintptr_t state, uintptr_t upstream,
+                       uintptr_t gradient, const Layout& gradient_layout, uintptr_t ref_gradient,
+                       const Layout& ref_gradient_layout, int threads, const std::string& isa) {
+  const irlfast::TokenKlInput input = parse_kl_input(logits, ref_logits, dtype, layout, ref_layout, vocab, kind, weight,
+                                                     temperature, row_temperature, softcap);
+  const irlfast::Isa selected = parse_isa(isa);
+  if (input.layout.rows() == 0) return;
+  const double* saved = pointer<const double>(state, "state");
+  const void* received = pointer<const void>(upstream, "upstream");
+  irlfast::TokenKlGradient results[2] = {
+      {reinterpret_cast<void*>(gradient), parse_layout(gradient_layout, "gradient")},
+      {reinterpret_cast<void*>(ref_gradient), parse_layout(ref_gradient_layout, "ref_gradient")}};
+  for (const irlfast::TokenKlGradient& result : results) {
+    if (result.data != nullptr && result.layout.rows() != input.layout.rows()) {
+      throw std::invalid_argument("a gradient has " + std::to_string(result.layout.rows()) + " rows, the logits " +
+                                  std::to_string(input.layout.rows()));
+    }
+  }
+  py::gil_scoped_release release;
+  irlfast::token_kl_backward(input, saved, received, results[0], results[1], threads, selected);
+}
+
 int64_t first_invalid_label(uintptr_t labels, int64_t count, int64_t vocab, int64_t ignore_index) {
   if (count <= 0) return -1;
   return irlfast::first_invalid_label(pointer<const int64_t>(labels, "labels"), count, vocab, ignore_index);
+}
+
+irlfast::Bf16Matrix parse_bf16_matrix(uintptr_t data, const std::tuple<int64_t, int64_t>& strides, bool empty,
+                                      const char* name) {
+  irlfast::Bf16Matrix matrix;
+  std::tie(matrix.row_stride, matrix.column_stride) = strides;
+  if (matrix.row_stride != 1 && matrix.column_stride != 1) {
+    throw std::invalid_argument(std::string(name) + " has strides (" + std::to_string(matrix.row_stride) + ", " +
+                                std::to_string(matrix.column_stride) + "), expected one of them to be 1");
+  }
+  if (!empty) matrix.data = pointer<const void>(data, name);
+  return matrix;
+}
+
+void bf16_product(uintptr_t a, const std::tuple<int64_t, int64_t>& a_strides, uintptr_t b,
+                  const std::tuple<int64_t, int64_t>& b_strides, uintptr_t out, int64_t out_stride, int out_dtype,
+                  const std::tuple<int64_t, int64_t, int64_t>& shape, bool accumulate, int threads) {
+  irlfast::Bf16Product product;
+  std::tie(product.rows, product.columns, product.depth) = shape;
+  if (product.rows < 0 || product.columns < 0 || product.depth < 0) {
+    throw std::invalid_argument("shape has a negative extent");
+  }
+  const irlfast::DType dtype = parse_dtype(out_dtype);
+  if (dtype != irlfast::DType::kFloat32 && dtype != irlfast::DType::kBFloat16) {
+    throw std::invalid_argument("out_dtype code " + std::to_string(out_dtype) + " is neither float32 nor bfloat16");
+  }
+  if (!irlfast::bf16_product_available()) {
+    throw std::runtime_error("bf16_product needs AVX512_BF16, in the compiler and in the processor");
+  }
+  if (product.rows == 0 || product.columns == 0) return;
+  if (product.rows > 1 && out_stride < product.columns) {
+    throw std::invalid_argument("out_stride = " + std::to_string(out_stride) + " is below the " +
+                                std::to_string(product.columns) + " columns: rows of out overlap");
+  }
+  product.a = parse_bf16_matrix(a, a_strides, product.depth == 0, "a");
+  product.b = parse_bf16_matrix(b, b_strides, product.depth == 0, "b");
+  product.out = pointer<void>(out, "out");
+  product.out_stride = out_stride;
+  product.out_bf16 = dtype == irlfast::DType::kBFloat16;
+  product.accumulate = accumulate;
+  py::gil_scoped_release release;
+  irlfast::bf16_product(product, threads);
 }
 
 void advise_huge_pages(uintptr_t data, int64_t bytes) {
@@ -428,13 +589,19 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
         "What was compiled: version, compiler, instruction sets (built, usable here, selected), CUDA, sanitizers.");
   m.def("advise_huge_pages", &advise_huge_pages, py::arg("data"), py::arg("bytes"),
         "Ask for huge pages for the untouched whole pages inside a range.");
+  m.def("bf16_product_available", &irlfast::bf16_product_available,
+        "Whether bf16_product was compiled and the processor has AVX512_BF16.");
+  m.def("bf16_product", &bf16_product, py::arg("a"), py::arg("a_strides"), py::arg("b"), py::arg("b_strides"),
+        py::arg("out"), py::arg("out_stride"), py::arg("out_dtype"), py::arg("shape"), py::arg("accumulate"),
+        py::arg("threads"),
+        "out [M, N] = or += a [M, K] b [K, N], bfloat16 operands and float32 sums; shape (M, N, K).");
   m.def("first_invalid_label", &first_invalid_label, py::arg("labels"), py::arg("count"), py::arg("vocab"),
         py::arg("ignore_index"), "Position of the first label that is neither in [0, vocab) nor ignore_index, or -1.");
   m.def("token_stats_forward", &token_stats_forward, py::arg("logits"), py::arg("dtype"), py::arg("layout"),
         py::arg("vocab"), py::arg("labels"), py::arg("labels_per_row"), py::arg("ignore_index"), py::arg("temperature"),
         py::arg("row_temperature"), py::arg("softcap"), py::arg("logprob"), py::arg("entropy"), py::arg("lse"),
         py::arg("state"), py::arg("threads"), py::arg("isa"),
-        "Write log-prob, entropy (address 0: not wanted), log-sum-exp and what the gradient needs.");
+        "Write log-prob, entropy, log-sum-exp and what the gradient needs (address 0: not wanted, but for log-prob).");
   m.def("token_stats_backward", &token_stats_backward, py::arg("logits"), py::arg("dtype"), py::arg("layout"),
         py::arg("vocab"), py::arg("labels"), py::arg("labels_per_row"), py::arg("ignore_index"), py::arg("temperature"),
         py::arg("row_temperature"), py::arg("softcap"), py::arg("state"), py::arg("grad_logprob"),
@@ -444,17 +611,18 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.attr("CHUNK_PIECE") = irlfast::kChunkPiece;
   m.def("linear_token_stats_merge", &linear_token_stats_merge, py::arg("logits"), py::arg("dtype"), py::arg("stride"),
         py::arg("rows"), py::arg("first_column"), py::arg("columns"), py::arg("labels"), py::arg("temperature"),
-        py::arg("row_temperature"), py::arg("softcap"), py::arg("running"), py::arg("weighted"), py::arg("threads"),
-        py::arg("isa"), "Add a chunk of columns to running statistics: max, others, weighted, label logit, doubles.");
+        py::arg("row_temperature"), py::arg("softcap"), py::arg("running"), py::arg("running_stride"),
+        py::arg("weighted"), py::arg("threads"), py::arg("isa"),
+        "Add a chunk of columns to running statistics: max, others, weighted, label logit, doubles.");
   m.def("linear_token_stats_exponentials", &linear_token_stats_exponentials, py::arg("logits"), py::arg("dtype"),
         py::arg("stride"), py::arg("rows"), py::arg("first_column"), py::arg("columns"), py::arg("labels"),
         py::arg("temperature"), py::arg("row_temperature"), py::arg("softcap"), py::arg("max"), py::arg("result"),
         py::arg("result_dtype"), py::arg("result_stride"), py::arg("threads"), py::arg("isa"),
         "Write exp((l - max) / T) dl/dlogit for a chunk of columns, 0 at the label.");
   m.def("linear_token_stats_differentiate", &linear_token_stats_differentiate, py::arg("logits"), py::arg("dtype"),
-        py::arg("stride"), py::arg("row_numbers"), py::arg("rows"), py::arg("first_column"), py::arg("columns"),
-        py::arg("labels"), py::arg("temperature"), py::arg("row_temperature"), py::arg("softcap"), py::arg("state"),
-        py::arg("grad_logprob"), py::arg("grad_entropy"), py::arg("grad_lse"), py::arg("gradient"),
+        py::arg("stride"), py::arg("rows"), py::arg("first_column"), py::arg("columns"), py::arg("labels"),
+        py::arg("temperature"), py::arg("row_temperature"), py::arg("softcap"), py::arg("row_numbers"),
+        py::arg("state"), py::arg("grad_logprob"), py::arg("grad_entropy"), py::arg("grad_lse"), py::arg("gradient"),
         py::arg("gradient_dtype"), py::arg("gradient_stride"), py::arg("threads"), py::arg("isa"),
         "Write the gradient of a chunk of columns, whose row r is row row_numbers[r] of the logits (0: row r).");
   m.def("first_invalid_offset", &first_invalid_offset, py::arg("offsets"), py::arg("wide_offsets"), py::arg("count"),
@@ -489,4 +657,35 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
         py::arg("sequence_correction"), py::arg("aggregation"), py::arg("denominator"), py::arg("loss"),
         py::arg("metrics"), py::arg("grad_logprobs"), py::arg("grad_entropy"), py::arg("threads"), py::arg("isa"),
         "Write a policy loss, its metrics and its gradient (address 0: not wanted).");
+
+  py::dict divergences;
+  divergences["reverse"] = int(irlfast::Divergence::kReverse);
+  divergences["forward"] = int(irlfast::Divergence::kForward);
+  divergences["js"] = int(irlfast::Divergence::kJensenShannon);
+  m.attr("DIVERGENCES") = divergences;
+  m.def("token_kl_forward", &token_kl_forward, py::arg("logits"), py::arg("ref_logits"), py::arg("dtype"),
+        py::arg("layout"), py::arg("ref_layout"), py::arg("vocab"), py::arg("kind"), py::arg("weight"),
+        py::arg("temperature"), py::arg("row_temperature"), py::arg("softcap"), py::arg("kl"), py::arg("state"),
+        py::arg("threads"), py::arg("isa"), "Write the divergence of each row, and 6 doubles that its gradient needs.");
+  m.def(
+      "token_kl_backward", &token_kl_backward, py::arg("logits"), py::arg("ref_logits"), py::arg("dtype"),
+      py::arg("layout"), py::arg("ref_layout"), py::arg("vocab"), py::arg("kind"), py::arg("weight"),
+      py::arg("temperature"), py::arg("row_temperature"), py::arg("softcap"), py::arg("state"), py::arg("upstream"),
+      py::arg("gradient"), py::arg("gradient_layout"), py::arg("ref_gradient"), py::arg("ref_gradient_layout"),
+      py::arg("threads"), py::arg("isa"),
+      "Write the gradient of the logits, which may be the logits themselves, and of the reference (address 0: none).");
+
+  m.attr("PAIR_RUNNING") = irlfast::kPairRunning;
+  m.def("linear_policy_ref_stats_merge", &linear_policy_ref_stats_merge, py::arg("logits"), py::arg("stride"),
+        py::arg("ref_logits"), py::arg("ref_stride"), py::arg("dtype"), py::arg("rows"), py::arg("first_column"),
+        py::arg("columns"), py::arg("labels"), py::arg("temperature"), py::arg("row_temperature"), py::arg("softcap"),
+        py::arg("running"), py::arg("running_stride"), py::arg("threads"), py::arg("isa"),
+        "Add a chunk of columns of policy and reference to PAIR_RUNNING arrays of running sums.");
+  m.def("linear_policy_ref_stats_differentiate", &linear_policy_ref_stats_differentiate, py::arg("logits"),
+        py::arg("stride"), py::arg("ref_logits"), py::arg("ref_stride"), py::arg("dtype"), py::arg("rows"),
+        py::arg("first_column"), py::arg("columns"), py::arg("labels"), py::arg("temperature"),
+        py::arg("row_temperature"), py::arg("softcap"), py::arg("running"), py::arg("running_stride"),
+        py::arg("grad_logprob"), py::arg("grad_entropy"), py::arg("grad_lse"), py::arg("grad_reverse_kl"),
+        py::arg("grad_forward_kl"), py::arg("gradient"), py::arg("gradient_dtype"), py::arg("gradient_stride"),
+        py::arg("threads"), py::arg("isa"), "Write the gradient of a chunk of columns of the policy.");
 }

@@ -1,10 +1,25 @@
 from typing import Any
 
 CHUNK_PIECE: int
+DIVERGENCES: dict[str, int]
 DTYPES: dict[str, int]
+PAIR_RUNNING: int
 
 def build_info() -> dict[str, Any]: ...
 def advise_huge_pages(data: int, bytes: int) -> None: ...
+def bf16_product_available() -> bool: ...
+def bf16_product(
+    a: int,
+    a_strides: tuple[int, int],
+    b: int,
+    b_strides: tuple[int, int],
+    out: int,
+    out_stride: int,
+    out_dtype: int,
+    shape: tuple[int, int, int],
+    accumulate: bool,
+    threads: int,
+) -> None: ...
 def first_invalid_label(labels: int, count: int, vocab: int, ignore_index: int) -> int: ...
 def token_stats_forward(
     logits: int,
@@ -56,6 +71,7 @@ def linear_token_stats_merge(
     row_temperature: int,
     softcap: float,
     running: int,
+    running_stride: int,
     weighted: bool,
     threads: int,
     isa: str,
@@ -82,7 +98,6 @@ def linear_token_stats_differentiate(
     logits: int,
     dtype: int,
     stride: int,
-    row_numbers: int,
     rows: int,
     first_column: int,
     columns: int,
@@ -90,6 +105,7 @@ def linear_token_stats_differentiate(
     temperature: float,
     row_temperature: int,
     softcap: float,
+    row_numbers: int,
     state: int,
     grad_logprob: int,
     grad_entropy: int,
@@ -215,6 +231,88 @@ def policy_terms(
     metrics: int,
     grad_logprobs: int,
     grad_entropy: int,
+    threads: int,
+    isa: str,
+) -> None: ...
+def token_kl_forward(
+    logits: int,
+    ref_logits: int,
+    dtype: int,
+    layout: tuple[int, int, int, int],
+    ref_layout: tuple[int, int, int, int],
+    vocab: int,
+    kind: int,
+    weight: float,
+    temperature: float,
+    row_temperature: int,
+    softcap: float,
+    kl: int,
+    state: int,
+    threads: int,
+    isa: str,
+) -> None: ...
+def token_kl_backward(
+    logits: int,
+    ref_logits: int,
+    dtype: int,
+    layout: tuple[int, int, int, int],
+    ref_layout: tuple[int, int, int, int],
+    vocab: int,
+    kind: int,
+    weight: float,
+    temperature: float,
+    row_temperature: int,
+    softcap: float,
+    state: int,
+    upstream: int,
+    gradient: int,
+    gradient_layout: tuple[int, int, int, int],
+    ref_gradient: int,
+    ref_gradient_layout: tuple[int, int, int, int],
+    threads: int,
+    isa: str,
+) -> None: ...
+def linear_policy_ref_stats_merge(
+    logits: int,
+    stride: int,
+    ref_logits: int,
+    ref_stride: int,
+    dtype: int,
+    rows: int,
+    first_column: int,
+    columns: int,
+    labels: int,
+    temperature: float,
+    row_temperature: int,
+    softcap: float,
+    running: int,
+    running_stride: int,
+    threads: int,
+    isa: str,
+) -> None: ...
+def linear_policy_ref_stats_differentiate(
+    logits: int,
+    stride: int,
+    ref_logits: int,
+    ref_stride: int,
+    dtype: int,
+    rows: int,
+    first_column: int,
+    columns: int,
+    labels: int,
+    temperature: float,
+    row_temperature: int,
+    softcap: float,
+    running: int,
+    running_stride: int,
+    grad_logprob: int,
+    grad_entropy: int,
+    grad_lse: int,
+    grad_reverse_kl: int,
+    grad_forward_kl: int,
+    gradient: int,
+    gradient_dtype: int,
+    gradient_stride: int,
     threads: int,
     isa: str,
 ) -> None: ...

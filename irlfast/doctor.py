@@ -114,6 +114,11 @@ def _native_build(native: ModuleType | None, problem: str) -> Iterator[Check]:
     yield Check(section=section, name="compiler", value=info["compiler"])
     isas = f"{info['isa']} (built: {', '.join(info['isas_built'])}; usable here: {', '.join(info['isas_usable'])})"
     yield Check(section=section, name="instruction set", value=isas)
+    if info["bf16_product"]:
+        yield Check(section=section, name="bfloat16 products", value="native (AVX512_BF16)")
+    else:
+        value = "by float32 copies: neither compiler nor processor may lack AVX512_BF16 for the native ones"
+        yield Check(section=section, name="bfloat16 products", value=value, status="absent")
     yield Check(section=section, name="CUDA kernels", **_cuda_build(info))
     yield Check(section=section, name="sanitizers", value=", ".join(info["sanitizers"]) or "none")
 

@@ -110,6 +110,14 @@ def test_cuda_build(monkeypatch: pytest.MonkeyPatch, built: bool, compiler: str,
     assert check.status == status
 
 
+@pytest.mark.parametrize(("available", "expected"), [(True, "native (AVX512_BF16)"), (False, "by float32 copies")])
+def test_bfloat16_products(monkeypatch: pytest.MonkeyPatch, available: bool, expected: str) -> None:
+    monkeypatch.setattr(doctor, "_load_native", lambda: (with_info(bf16_product=available), ""))
+    check = find("bfloat16 products")
+    assert check.value.startswith(expected)
+    assert check.status == ("ok" if available else "absent")
+
+
 def with_info(**changes: Any) -> ModuleType:
     """A native module whose build_info differs."""
     module: Any = ModuleType("irlfast._native")

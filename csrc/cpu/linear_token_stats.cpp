@@ -11,7 +11,7 @@ namespace irlfast {
 void linear_token_stats_merge(const TokenStatsInput& input, bool weighted, const RunningStats& running, int threads,
                               Isa isa) {
   const Rows rows(input, isa);
-  parallel_for(rows.count(), input.vocab, threads, [&](int64_t row) {
+  parallel_for(rows.count(), task_grain(input.vocab), threads, [&](int64_t row) {
     OnlineSoftmax<double> state{running.max[row], running.others[row], running.weighted[row]};
     for (int64_t begin = 0; begin < input.vocab; begin += kChunkPiece) {
       state = rows.summarise(row, begin, std::min(begin + kChunkPiece, input.vocab), weighted, state);
@@ -30,7 +30,7 @@ void linear_token_stats_exponentials(const TokenStatsInput& input, const double*
   const SoftmaxSpans::Differentiate differentiate =
       result.dtype == input.dtype ? rows.spans().differentiate[rows.dtype()] : rows.spans().differentiate_to_bfloat16;
   const int64_t bytes = dtype_size(result.dtype);
-  parallel_for(rows.count(), input.vocab, threads, [&](int64_t row) {
+  parallel_for(rows.count(), task_grain(input.vocab), threads, [&](int64_t row) {
     char* destination = static_cast<char*>(result.data) + result.layout.offset(row) * bytes;
     if (max[row] == -INFINITY) {
       // Nothing finite yet, and -inf less -inf would be NaN.

@@ -4,10 +4,12 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "irlfast/online_softmax.h"
 #include "irlfast/token_stats.h"
 #include "isa/softmax_spans.h"
+#include "parallel.h"
 
 namespace irlfast {
 namespace {
@@ -108,16 +110,53 @@ class Rows {
   Statistic row_temperature_;
 };
 
-// Calls task(i) for i in [0, count), in any order; each task stands for `cost` logits.
-template <typename Task>
-void parallel_for(int64_t count, int64_t cost, int threads, const Task& task) {
-  if (threads <= 1 || count <= 1 || count * cost < kSerial) {
-    for (int64_t i = 0; i < count; ++i) task(i);
+// How many tasks of `cost` logits each are worth a thread.
+inline int64_t task_grain(int64_t cost) {
+  return std::max<int64_t>(1, kSerial / std::max<int64_t>(1, cost));
+}
+
+bool share_out_pieces(int64_t rows, int64_t pieces, int threads) {
+  return pieces > 1 && threads > 1 && rows < 4 * threads;
+}
+
+// One row's pieces, merged in their order.
+template <typename Summarise, typename Merge>
+auto reduce_pieces(int64_t row, int64_t pieces, const Summarise& summarise, const Merge& merge) {
+  auto state = summarise(row, int64_t(0));
+  for (int64_t piece = 1; piece < pieces; ++piece) state = merge(row, state, summarise(row, piece));
+  return state;
+}
+
+// finish(row, state) for each row, where state is all its pieces' summarise(row, piece), merged. Rows or pieces are
+// shared out over the threads, whichever there are more of, with the same bits.
+template <typename Summarise, typename Merge, typename Finish>
+void reduce_rows(int64_t rows, int64_t vocab, int threads, const Summarise& summarise, const Merge& merge,
+                 const Finish& finish) {
+  const int64_t pieces = (vocab + kPiece - 1) / kPiece;
+  if (!share_out_pieces(rows, pieces, threads)) {
+    parallel_for(rows, task_grain(vocab), threads,
+                 [&](int64_t row) { finish(row, reduce_pieces(row, pieces, summarise, merge)); });
     return;
   }
-  const int64_t grain = std::max<int64_t>(1, kSerial / std::max<int64_t>(1, cost));
-#pragma omp parallel for num_threads(threads) schedule(dynamic, grain)
-  for (int64_t i = 0; i < count; ++i) task(i);
+  std::vector<decltype(summarise(0, 0))> states(size_t(rows * pieces));
+  parallel_for(rows * pieces, task_grain(std::min(kPiece, vocab)), threads,
+               [&](int64_t i) { states[size_t(i)] = summarise(i / pieces, i % pieces); });
+  const auto computed = [&](int64_t row, int64_t piece) { return states[size_t(row * pieces + piece)]; };
+  for (int64_t row = 0; row < rows; ++row) finish(row, reduce_pieces(row, pieces, computed, merge));
+}
+
+// task(row, begin, end) over all columns of all rows.
+template <typename Task>
+void for_spans(int64_t rows, int64_t vocab, int threads, const Task& task) {
+  const int64_t pieces = (vocab + kPiece - 1) / kPiece;
+  if (share_out_pieces(rows, pieces, threads)) {
+    parallel_for(rows * pieces, task_grain(std::min(kPiece, vocab)), threads, [&](int64_t i) {
+      const int64_t begin = (i % pieces) * kPiece;
+      task(i / pieces, begin, std::min(begin + kPiece, vocab));
+    });
+  } else {
+    parallel_for(rows, task_grain(vocab), threads, [&](int64_t row) { task(row, int64_t(0), vocab); });
+  }
 }
 
 }  // namespace

@@ -12,10 +12,6 @@
 namespace irlfast {
 namespace {
 
-bool share_out_pieces(const Rows& rows, int threads) {
-  return rows.pieces() > 1 && threads > 1 && rows.count() < 4 * threads;
-}
-
 class Forward {
  public:
   Forward(const Rows& rows, const TokenStatsOutput& output)
@@ -26,34 +22,18 @@ class Forward {
         state_(output.state, rows.input().dtype) {}
 
   void run(int threads) const {
-    const int64_t pieces = rows_.pieces();
-    if (!share_out_pieces(rows_, threads)) {
-      parallel_for(rows_.count(), rows_.input().vocab, threads, [&](int64_t row) {
-        if (rows_.ignored(row)) return write_ignored(row);
-        OnlineSoftmax<double> state = rows_.summarise_piece(row, 0, bool(entropy_));
-        for (int64_t piece = 1; piece < pieces; ++piece) {
-          state = online_softmax_merge(state, rows_.summarise_piece(row, piece, bool(entropy_)),
-                                       rows_.inverse_temperature(row));
-        }
-        write(row, state);
-      });
-      return;
-    }
-    std::vector<OnlineSoftmax<double>> states(size_t(rows_.count() * pieces), online_softmax_empty<double>());
-    parallel_for(rows_.count() * pieces, std::min(kPiece, rows_.input().vocab), threads, [&](int64_t i) {
-      if (!rows_.ignored(i / pieces)) states[size_t(i)] = rows_.summarise_piece(i / pieces, i % pieces, bool(entropy_));
-    });
-    for (int64_t row = 0; row < rows_.count(); ++row) {
-      if (rows_.ignored(row)) {
-        write_ignored(row);
-        continue;
-      }
-      OnlineSoftmax<double> state = states[size_t(row * pieces)];
-      for (int64_t piece = 1; piece < pieces; ++piece) {
-        state = online_softmax_merge(state, states[size_t(row * pieces + piece)], rows_.inverse_temperature(row));
-      }
-      write(row, state);
-    }
+    reduce_rows(
+        rows_.count(), rows_.input().vocab, threads,
+        [&](int64_t row, int64_t piece) {
+          return rows_.ignored(row) ? online_softmax_empty<double>()
+                                    : rows_.summarise_piece(row, piece, bool(entropy_));
+        },
+        [&](int64_t row, const OnlineSoftmax<double>& a, const OnlineSoftmax<double>& b) {
+          return rows_.ignored(row) ? a : online_softmax_merge(a, b, rows_.inverse_temperature(row));
+        },
+        [&](int64_t row, const OnlineSoftmax<double>& state) {
+          rows_.ignored(row) ? write_ignored(row) : write(row, state);
+        });
   }
 
  private:
@@ -71,7 +51,7 @@ class Forward {
       logprob_.set(row * input.labels_per_row + k, logprob);
     }
     if (entropy_) entropy_.set(row, entropy);
-    lse_.set(row, state.max * inverse_temperature + log_sum);
+    if (lse_) lse_.set(row, state.max * inverse_temperature + log_sum);
     write_state(row, state.max, state.others, entropy);
   }
 
@@ -79,11 +59,12 @@ class Forward {
     const int64_t per_row = rows_.input().labels_per_row;
     for (int64_t k = 0; k < per_row; ++k) logprob_.set(row * per_row + k, 0.0);
     if (entropy_) entropy_.set(row, 0.0);
-    lse_.set(row, 0.0);
+    if (lse_) lse_.set(row, 0.0);
     write_state(row, 0.0, 0.0, 0.0);
   }
 
   void write_state(int64_t row, double max, double others, double entropy) const {
+    if (!state_) return;
     state_.set(row, max);
     state_.set(rows_.count() + row, others);
     state_.set(2 * rows_.count() + row, entropy);
@@ -109,16 +90,8 @@ class Backward {
                 rows.count() * rows.input().vocab * element_bytes_ >= kStreamBytes) {}
 
   void run(int threads) const {
-    const int64_t pieces = rows_.pieces();
-    if (share_out_pieces(rows_, threads)) {
-      parallel_for(rows_.count() * pieces, std::min(kPiece, rows_.input().vocab), threads, [&](int64_t i) {
-        const int64_t begin = (i % pieces) * kPiece;
-        differentiate(i / pieces, begin, std::min(begin + kPiece, rows_.input().vocab));
-      });
-    } else {
-      parallel_for(rows_.count(), rows_.input().vocab, threads,
-                   [&](int64_t row) { differentiate(row, 0, rows_.input().vocab); });
-    }
+    for_spans(rows_.count(), rows_.input().vocab, threads,
+              [&](int64_t row, int64_t begin, int64_t end) { differentiate(row, begin, end); });
   }
 
  private:

@@ -14,91 +14,15 @@
 #include "irlfast/huge_pages.h"
 #include "irlfast/isa.h"
 #include "irlfast/online_softmax.h"
+#include "support.h"
+#include "tests.h"
 
 namespace {
 
 using irlfast::DType;
 using irlfast::Isa;
 
-int failures = 0;
-
-void expect(bool holds, const std::string& what) {
-  if (holds) return;
-  std::fprintf(stderr, "FAILED: %s\n", what.c_str());
-  ++failures;
-}
-
-bool close(long double ours, long double exact, long double tolerance) {
-  if (std::isnan(exact) || std::isinf(exact)) return std::isnan(ours) == std::isnan(exact) || ours == exact;
-  return std::fabs(ours - exact) <= tolerance * (1 + std::fabs(exact));
-}
-
-// An exact-size allocation of raw bytes, filled so that reading what was never written shows.
-class Buffer {
- public:
-  explicit Buffer(int64_t bytes) : data_(new char[size_t(bytes)]) { std::memset(data_.get(), 0xff, size_t(bytes)); }
-  template <typename T>
-  T* as() const {
-    return reinterpret_cast<T*>(data_.get());
-  }
-
- private:
-  std::unique_ptr<char[]> data_;
-};
-
-float bfloat16_value(uint16_t half) {
-  const uint32_t wide = uint32_t(half) << 16;
-  float value;
-  std::memcpy(&value, &wide, sizeof value);
-  return value;
-}
-
-float float16_value(uint16_t half) {
-  const int exponent = (half >> 10) & 31;
-  const float mantissa = float(half & 1023);
-  float value = exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25);
-  if (exponent == 31) value = mantissa != 0 ? NAN : INFINITY;
-  return half & 0x8000 ? -value : value;
-}
-
-long double read(const void* data, DType dtype, int64_t i) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return static_cast<const double*>(data)[i];
-    case DType::kBFloat16:
-      return bfloat16_value(static_cast<const uint16_t*>(data)[i]);
-    case DType::kFloat16:
-      return float16_value(static_cast<const uint16_t*>(data)[i]);
-    default:
-      return static_cast<const float*>(data)[i];
-  }
-}
-
-// Cuts the mantissa short: inputs need to be of the type, not nearest to anything.
-void write(void* data, DType dtype, int64_t i, float value) {
-  uint32_t wide;
-  std::memcpy(&wide, &value, sizeof wide);
-  switch (dtype) {
-    case DType::kFloat64:
-      static_cast<double*>(data)[i] = value;
-      break;
-    case DType::kBFloat16:
-      static_cast<uint16_t*>(data)[i] = uint16_t(wide >> 16);
-      break;
-    case DType::kFloat16: {
-      uint16_t half = uint16_t((wide >> 16) & 0x8000);
-      if (std::isinf(value)) {
-        half = uint16_t(half | 0x7c00);
-      } else if (std::fabs(value) >= 0x1p-14f) {
-        half = uint16_t(half | (((wide & 0x7fffffff) - (112u << 23)) >> 13));
-      }
-      static_cast<uint16_t*>(data)[i] = half;
-      break;
-    }
-    default:
-      static_cast<float*>(data)[i] = value;
-  }
-}
+Expectations expect;
 
 struct Case {
   DType dtype;
@@ -117,31 +41,6 @@ struct Case {
            " threads " + std::to_string(threads);
   }
 };
-
-struct Exact {
-  std::vector<long double> z, slope;  // scaled logits, dz / dlogit
-  long double lse, entropy;
-};
-
-Exact exact_row(const std::vector<long double>& logits, long double softcap, long double temperature) {
-  Exact exact;
-  long double max = -INFINITY;
-  for (long double logit : logits) {
-    const long double t = softcap != 0 ? std::tanh(logit / softcap) : 0;
-    exact.z.push_back((softcap != 0 ? softcap * t : logit) / temperature);
-    exact.slope.push_back((softcap != 0 ? 1 - t * t : 1) / temperature);
-    max = std::max(max, exact.z.back());
-  }
-  long double sum = 0, weighted = 0;
-  for (long double z : exact.z) {
-    const long double e = std::exp(z - max);
-    sum += e;
-    weighted += e == 0 ? 0 : e * (z - max);
-  }
-  exact.lse = max + std::log(sum);
-  exact.entropy = std::log(sum) - weighted / sum;
-  return exact;
-}
 
 void run(const Case& c, std::mt19937& random) {
   const bool wide = c.dtype == DType::kFloat64;
@@ -311,6 +210,8 @@ int main() {
       if (dtype == 0) run({DType(dtype), isa, 1, rows, vocab, 0, 1, 0.0, false, false, false, 2}, random);
     }
   }
+  const int failures =
+      expect.failures() + bf16_product_failures(cases) + linear_token_stats_failures(cases) + pair_failures(cases);
   std::printf("%d cases, %d failures\n", cases, failures);
   return failures == 0 ? 0 : 1;
 }

@@ -64,7 +64,7 @@ def select(op: str, table: Mapping[str, Implementation], impl: str, tensor: Tens
 
 def cpu_kernel_unavailable(tensor: Tensor) -> str | None:
     """Why the native CPU kernels cannot take a tensor."""
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         return f"the tensor is on {tensor.device}, the kernel runs on the CPU"
     if tensor.dtype not in DTYPE_CODES:
         return f"the tensor is {tensor.dtype}, the kernel takes {', '.join(map(str, DTYPE_CODES))}"

@@ -8,6 +8,7 @@ one a row, contiguous, in the statistics' type; softcap 0 means none. `isa` name
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,61 @@ _HUGE_PAGES_FROM = 4 << 20
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
+def statistics_cpu(
+    logits: Tensor,
+    labels: Tensor,
+    row_temperature: Tensor | None,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    with_distribution: bool,
+    *,
+    with_state: bool,
+    isa: str = "auto",
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The native forward. Entropy and lse, and the state, are None where they are not asked for.
+
+    On a small batch allocating the results takes longer than computing them. So: as few as possible, sized as another
+    tensor or by numbers, which costs half of what a torch.Size does; and empty_like, new_empty rather than empty, which
+    would follow the default device.
+    """
+    vocab = logits.shape[-1]
+    several = labels.ndim == logits.ndim
+    data, layout = as_rows(logits)
+    labels = labels.contiguous()
+    wrong = _native.first_invalid_label(labels.data_ptr(), labels.numel(), vocab, ignore_index)
+    if wrong >= 0:
+        raise_label(labels, wrong, vocab, ignore_index)
+    if row_temperature is not None:
+        check_row_temperature(row_temperature)
+    logprob = torch.empty_like(labels, dtype=statistics_dtype(data.dtype), memory_format=torch.contiguous_format)
+    entropy = lse = state = None
+    if with_distribution:
+        row = logprob.new_empty(logits.shape[:-1]) if several else logprob
+        entropy, lse = torch.empty_like(row), torch.empty_like(row)
+    if with_state:
+        state = logprob.new_empty(3, layout[0] * layout[1])
+    _native.token_stats_forward(
+        data.data_ptr(),
+        DTYPE_CODES[data.dtype],
+        layout,
+        vocab,
+        labels.data_ptr(),
+        labels.shape[-1] if several else 1,
+        ignore_index,
+        temperature,
+        address(row_temperature),
+        softcap,
+        logprob.data_ptr(),
+        address(entropy),
+        address(lse),
+        address(state),
+        torch.get_num_threads(),
+        isa,
+    )
+    return logprob, entropy, lse, state
+
+
 def forward_cpu(
     logits: Tensor,
     labels: Tensor,
@@ -29,46 +85,18 @@ def forward_cpu(
     temperature: float,
     softcap: float,
     ignore_index: int,
-    with_entropy: bool,
+    with_distribution: bool,
     inplace_backward: bool = False,
     *,
     isa: str = "auto",
 ) -> Statistics:
-    """The native forward; `inplace_backward` concerns autograd alone."""
-    rows_shape = logits.shape[:-1]
-    vocab = logits.shape[-1]
-    logits, layout = as_rows(logits)
-    labels = labels.contiguous()
-    wrong = _native.first_invalid_label(labels.data_ptr(), labels.numel(), vocab, ignore_index)
-    if wrong >= 0:
-        raise_label(labels, wrong, vocab, ignore_index)
-    if row_temperature is not None:
-        check_row_temperature(row_temperature)
-    dtype = statistics_dtype(logits.dtype)
-    rows = layout[0] * layout[1]
-    # new_empty, not torch.empty: beside the logits, whatever the default device.
-    logprob = logits.new_empty(labels.shape, dtype=dtype)
-    entropy = logits.new_empty(rows_shape if with_entropy else (0,), dtype=dtype)
-    lse = logits.new_empty(rows_shape, dtype=dtype)
-    state = logits.new_empty((3, rows), dtype=dtype)
-    _native.token_stats_forward(
-        logits.data_ptr(),
-        DTYPE_CODES[logits.dtype],
-        layout,
-        vocab,
-        labels.data_ptr(),
-        labels.shape[-1] if labels.ndim == logits.ndim else 1,
-        ignore_index,
-        temperature,
-        address(row_temperature),
-        softcap,
-        logprob.data_ptr(),
-        entropy.data_ptr() if with_entropy else 0,
-        lse.data_ptr(),
-        state.data_ptr(),
-        torch.get_num_threads(),
-        isa,
+    """The registered op: a tensor [0] for what is not asked for; `inplace_backward` concerns autograd alone."""
+    logprob, entropy, lse, state = statistics_cpu(
+        logits, labels, row_temperature, temperature, softcap, ignore_index, with_distribution, with_state=True, isa=isa
     )
+    assert state is not None
+    if entropy is None or lse is None:
+        return logprob, logprob.new_empty(0), logprob.new_empty(0), state
     return logprob, entropy, lse, state
 
 
@@ -92,18 +120,18 @@ def backward_cpu(
     `gradient` may be the logits themselves; it has a row layout without overlap.
     """
     if gradient is None:
-        gradient = logits.new_empty(logits.shape)
-        nbytes = gradient.numel() * gradient.element_size()
-        if nbytes >= _HUGE_PAGES_FROM:
-            _native.advise_huge_pages(gradient.data_ptr(), nbytes)
+        gradient = new_gradient(logits)
     gradient_layout = row_layout(gradient)
     assert gradient_layout is not None
     vocab = logits.shape[-1]
     logits, layout = as_rows(logits)
     labels = labels.contiguous()
-    grad_logprob, grad_entropy, grad_lse = (
-        None if g is None else g.contiguous() for g in (grad_logprob, grad_entropy, grad_lse)
-    )
+    if grad_logprob is not None:
+        grad_logprob = grad_logprob.contiguous()
+    if grad_entropy is not None:
+        grad_entropy = grad_entropy.contiguous()
+    if grad_lse is not None:
+        grad_lse = grad_lse.contiguous()
     _native.token_stats_backward(
         logits.data_ptr(),
         DTYPE_CODES[logits.dtype],
@@ -125,6 +153,20 @@ def backward_cpu(
         isa,
     )
     return gradient
+
+
+def new_gradient(logits: Tensor) -> Tensor:
+    """A contiguous tensor like the logits, not yet written, on huge pages where it is large."""
+    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    nbytes = gradient.numel() * gradient.element_size()
+    if nbytes >= _HUGE_PAGES_FROM:
+        _native.advise_huge_pages(gradient.data_ptr(), nbytes)
+    return gradient
+
+
+def backward_over_logits(logits: Tensor, *arguments: Any) -> None:
+    """The native gradient, written over the logits."""
+    backward_cpu(logits, *arguments, gradient=logits)
 
 
 def raise_label(labels: Tensor, position: int, vocab: int, ignore_index: int) -> None:

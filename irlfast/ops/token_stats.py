@@ -19,20 +19,27 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 
+from irlfast.ops import _token_stats_op  # noqa: F401  defines the ops implemented below
 from irlfast.ops._dispatch import (
-    DTYPE_CODES,
     LIBRARY,
     Implementation,
     cpu_kernel_unavailable,
     not_in_this_release,
-    row_layout,
-    rows_overlap,
     runs_undispatched,
     select,
     statistics_dtype,
 )
-from irlfast.ops._token_stats_cpu import Statistics, backward_cpu, check_row_temperature, forward_cpu, raise_label
+from irlfast.ops._token_stats_checks import check_arguments, check_inplace, check_labels, check_one_label
+from irlfast.ops._token_stats_cpu import (
+    backward_cpu,
+    backward_over_logits,
+    check_row_temperature,
+    forward_cpu,
+    raise_label,
+    statistics_cpu,
+)
 
 
 class TokenStats(NamedTuple):
@@ -85,79 +92,16 @@ def token_stats_reference(
     return TokenStats(logprob if several else logprob.squeeze(-1), entropy, lse)
 
 
-# The op: labels are int64, [...] or [..., K]; row_temperature, where given, replaces temperature, one a row, contiguous
-# in the statistics' type; softcap 0 means none. Besides logprob, entropy ([0] unless asked for) and lse it returns
-# state [3, rows], what the gradient needs of each row.
-LIBRARY.define(
-    "token_stats(Tensor logits, Tensor labels, Tensor? row_temperature, float temperature, float softcap, "
-    "int ignore_index, bool with_entropy, bool inplace_backward) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-LIBRARY.define(
-    "token_stats_backward(Tensor logits, Tensor labels, Tensor? row_temperature, float temperature, float softcap, "
-    "int ignore_index, Tensor state, Tensor? grad_logprob, Tensor? grad_entropy, Tensor? grad_lse) -> Tensor"
-)
-LIBRARY.define(
-    "token_stats_backward_(Tensor(a!) logits, Tensor labels, Tensor? row_temperature, float temperature, "
-    "float softcap, int ignore_index, Tensor state, Tensor? grad_logprob, Tensor? grad_entropy, Tensor? grad_lse)"
-    " -> ()"
-)
-
-
-def _forward_fake(
-    logits: Tensor,
-    labels: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
-    with_entropy: bool,
-    inplace_backward: bool,
-) -> Statistics:
-    dtype = statistics_dtype(logits.dtype)
-    rows_shape = logits.shape[:-1]
-    return (
-        labels.new_empty(labels.shape, dtype=dtype),
-        logits.new_empty(rows_shape if with_entropy else (0,), dtype=dtype),
-        logits.new_empty(rows_shape, dtype=dtype),
-        logits.new_empty((3, math.prod(rows_shape)), dtype=dtype),
-    )
-
-
-def _backward_fake(logits: Tensor, *args: object) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
-def _backward_over_logits(logits: Tensor, *arguments: Any) -> None:
-    backward_cpu(logits, *arguments, gradient=logits)
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Statistics) -> None:
-    logits, labels, row_temperature, ctx.temperature, ctx.softcap, ctx.ignore_index, _, ctx.inplace_backward = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[3])
-    ctx.save_for_backward(logits, labels, row_temperature, output[3])
-
-
 def _backward(
-    ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None, _: None
+    ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None, *_: None
 ) -> tuple[Tensor, None, None, None, None, None, None, None]:
     logits, labels, row_temperature, state = ctx.saved_tensors
-    arguments = (
-        labels,
-        row_temperature,
-        ctx.temperature,
-        ctx.softcap,
-        ctx.ignore_index,
-        state,
-        grad_logprob,
-        grad_entropy,
-        grad_lse,
-    )
+    arguments = (labels, row_temperature, *ctx.numbers, state, grad_logprob, grad_entropy, grad_lse)
     # With create_graph the registered op is called, whose own derivative says that there is none.
     direct = runs_undispatched(logits) and not torch.is_grad_enabled()
     if ctx.inplace_backward:
         gradient = logits.detach()
-        (_backward_over_logits if direct else torch.ops.irlfast.token_stats_backward_)(gradient, *arguments)
+        (backward_over_logits if direct else torch.ops.irlfast.token_stats_backward_)(gradient, *arguments)
         # The native code wrote behind autograd's back: whoever saved these logits must hear of it and not use them.
         torch.autograd.graph.increment_version(gradient)
     else:
@@ -165,70 +109,84 @@ def _backward(
     return gradient, None, None, None, None, None, None, None
 
 
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], state: Tensor | None) -> None:
+    logits, labels, row_temperature, *numbers, _, ctx.inplace_backward = inputs
+    ctx.numbers = numbers  # temperature, softcap, ignore_index
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, labels, row_temperature, state)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(output[3])
+    _save_for_backward(ctx, inputs, output[3])
+
+
 class _TokenStats(torch.autograd.Function):
-    """The registered op without the dispatcher, whose two Python calls cost more than the kernel on a small batch."""
+    """The registered op without the dispatcher, whose two Python calls cost more than the kernel on a small batch.
+
+    Everything but the logits comes as one tuple: each argument that autograd looks at costs time.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Statistics:
-        output = forward_cpu(*inputs)
-        _save_for_backward(ctx, inputs, output)
-        return output
+    def forward(ctx: Any, logits: Tensor, others: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+        *statistics, state = statistics_cpu(logits, *others[:-1], with_state=True)
+        _save_for_backward(ctx, (logits, *others), state)
+        return tuple(statistics)
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        return _backward(ctx, *grads)[0], None
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError(
-        "token_stats: the fused kernel has no second derivative; use impl='reference' where a gradient of the "
-        "gradient is needed"
-    )
-
+# Function.apply without what it does in Python for torch.func, whose transforms never come here.
+_apply_token_stats: Callable[..., tuple[Any, ...]] = super(torch.autograd.Function, _TokenStats).apply
 
 LIBRARY.impl("token_stats", forward_cpu, "CPU")
 LIBRARY.impl("token_stats_backward", backward_cpu, "CPU")
-LIBRARY.impl("token_stats_backward_", _backward_over_logits, "CPU")
-torch.library.register_fake("irlfast::token_stats", _forward_fake, lib=LIBRARY)
-torch.library.register_fake("irlfast::token_stats_backward", _backward_fake, lib=LIBRARY)
-torch.library.register_fake("irlfast::token_stats_backward_", lambda *args: None, lib=LIBRARY)
-torch.library.register_autograd("irlfast::token_stats", _backward, setup_context=_save_for_backward, lib=LIBRARY)
-torch.library.register_autograd("irlfast::token_stats_backward", _no_second_derivative, lib=LIBRARY)
+LIBRARY.impl("token_stats_backward_", backward_over_logits, "CPU")
+torch.library.register_autograd("irlfast::token_stats", _backward, setup_context=_setup_context, lib=LIBRARY)
 
 
 def _run_native(
     logits: Tensor,
     labels: Tensor,
-    *,
     temperature: float | Tensor,
     softcap: float | None,
     ignore_index: int,
-    with_entropy: bool,
+    with_distribution: bool,
     inplace_backward: bool,
-) -> TokenStats:
+) -> tuple[Any, ...]:
     row_temperature = None
     if isinstance(temperature, Tensor):
         row_temperature = temperature.to(statistics_dtype(logits.dtype)).expand(logits.shape[:-1]).contiguous()
         temperature = 1.0
     if labels.dtype != torch.int64:
         labels = labels.long()
-    run: Callable[..., Statistics] = torch.ops.irlfast.token_stats
-    if runs_undispatched(logits):
-        run = _TokenStats.apply if logits.requires_grad and torch.is_grad_enabled() else forward_cpu
-    logprob, entropy, lse, _ = run(
-        logits, labels, row_temperature, temperature, softcap or 0.0, ignore_index, with_entropy, inplace_backward
-    )
-    return TokenStats(logprob, entropy, lse)
+    softcap = softcap or 0.0
+    if type(labels) is not Tensor or not runs_undispatched(logits):
+        return torch.ops.irlfast.token_stats(
+            logits, labels, row_temperature, temperature, softcap, ignore_index, with_distribution, inplace_backward
+        )[:3]
+    logits = unwrap_if_dead(logits)  # one that outlived its torch.func transform has no address
+    if logits.requires_grad and torch.is_grad_enabled():
+        return _apply_token_stats(
+            logits,
+            (labels, row_temperature, temperature, softcap, ignore_index, with_distribution, inplace_backward),
+        )
+    return statistics_cpu(
+        logits, labels, row_temperature, temperature, softcap, ignore_index, with_distribution, with_state=False
+    )[:3]
 
 
 def _run_reference(
     logits: Tensor,
     labels: Tensor,
-    *,
     temperature: float | Tensor,
     softcap: float | None,
     ignore_index: int,
-    with_entropy: bool,
+    with_distribution: bool,
     inplace_backward: bool,
-) -> TokenStats:
+) -> tuple[Any, ...]:
     if inplace_backward:
         raise RuntimeError("token_stats: inplace_backward needs a fused kernel, and the reference is selected")
     if isinstance(temperature, Tensor):
@@ -283,15 +241,10 @@ def token_stats(
         ValueError: shapes, temperature or softcap; `inplace_backward` on a leaf or on logits that overlap themselves.
         RuntimeError: an `impl` that is not available here; `inplace_backward` without a fused kernel.
     """
-    if logits.ndim > 0 and labels.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"token_stats: labels have shape {tuple(labels.shape)}, expected {tuple(logits.shape[:-1])} for logits "
-            f"{tuple(logits.shape)}; token_logprobs takes several labels a row"
-        )
-    result: TokenStats = _run(
-        "token_stats", logits, labels, temperature, softcap, ignore_index, impl, True, inplace_backward
+    check_one_label("token_stats", logits, labels)
+    return TokenStats(
+        *_run("token_stats", logits, labels, temperature, softcap, ignore_index, impl, True, inplace_backward)
     )
-    return result
 
 
 def token_logprobs(
@@ -315,15 +268,11 @@ def token_logprobs(
     Returns:
         Log-probs in nats, shaped as the labels, float32 (float64 for float64 logits).
     """
-    if logits.ndim > 0 and logits.shape[:-1] not in (labels.shape, labels.shape[:-1]):
-        shape = ", ".join(map(str, logits.shape[:-1]))
-        raise ValueError(
-            f"token_logprobs: labels have shape {tuple(labels.shape)}, expected [{shape}] or [{shape}, K] for logits "
-            f"{tuple(logits.shape)}"
-        )
-    return _run(
+    check_labels("token_logprobs", logits, labels)
+    logprob: Tensor = _run(
         "token_logprobs", logits, labels, temperature, softcap, ignore_index, impl, False, inplace_backward
-    ).logprob
+    )[0]
+    return logprob
 
 
 def _run(
@@ -334,71 +283,14 @@ def _run(
     softcap: float | None,
     ignore_index: int,
     impl: str,
-    with_entropy: bool,
+    with_distribution: bool,
     inplace_backward: bool,
-) -> TokenStats:
-    _check(op, logits, labels, temperature, softcap)
+) -> tuple[Any, ...]:
+    check_arguments(op, logits, labels, temperature, softcap)
     if inplace_backward:
-        _check_inplace(op, logits)
-    return select(op, IMPLEMENTATIONS, impl, logits).run(
-        logits,
-        labels,
-        temperature=temperature,
-        softcap=softcap,
-        ignore_index=ignore_index,
-        with_entropy=with_entropy,
-        inplace_backward=inplace_backward,
+        check_inplace(op, logits)
+    run = select(op, IMPLEMENTATIONS, impl, logits).run
+    outputs: tuple[Any, ...] = run(
+        logits, labels, temperature, softcap, ignore_index, with_distribution, inplace_backward
     )
-
-
-def _check(op: str, logits: Tensor, labels: Tensor, temperature: float | Tensor, softcap: float | None) -> None:
-    if logits.dtype not in DTYPE_CODES:
-        raise TypeError(f"{op}: logits are {logits.dtype}, expected one of {', '.join(map(str, DTYPE_CODES))}")
-    if labels.dtype not in _LABEL_DTYPES:
-        raise TypeError(f"{op}: labels are {labels.dtype}, expected integers; convert them with labels.long()")
-    if labels.device != logits.device:
-        raise ValueError(f"{op}: labels are on {labels.device}, logits on {logits.device}; move one to the other")
-    if logits.ndim == 0:
-        raise ValueError(f"{op}: logits are a single number, expected at least one dimension, the vocabulary")
-    if logits.shape[-1] == 0:
-        raise ValueError(f"{op}: logits of shape {tuple(logits.shape)} have an empty vocabulary")
-    if isinstance(temperature, Tensor):
-        if temperature.requires_grad:
-            raise ValueError(
-                f"{op}: temperature requires grad, and there is no gradient with respect to it; pass "
-                "temperature.detach(), or divide the logits by it beforehand"
-            )
-        try:
-            broadcast = torch.broadcast_shapes(temperature.shape, logits.shape[:-1])
-        except RuntimeError:
-            broadcast = None
-        if broadcast != logits.shape[:-1]:
-            raise ValueError(
-                f"{op}: temperature of shape {tuple(temperature.shape)} does not broadcast to the rows "
-                f"{tuple(logits.shape[:-1])}; give one value per row"
-            )
-    elif not (temperature > 0 and temperature < math.inf):
-        raise ValueError(f"{op}: temperature = {temperature} is not a positive finite number")
-    if softcap is not None and not (softcap > 0 and softcap < math.inf):
-        raise ValueError(f"{op}: softcap = {softcap} is not a positive finite number; None switches it off")
-
-
-_LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-def _check_inplace(op: str, logits: Tensor) -> None:
-    if torch.compiler.is_compiling():
-        raise ValueError(
-            f"{op}: inplace_backward inside torch.compile: the compiler plans its own buffers, leave it out"
-        )
-    if logits.requires_grad and logits.is_leaf:
-        raise ValueError(
-            f"{op}: inplace_backward on a leaf: its .grad would be its own storage; pass logits a model computed, or "
-            "leave inplace_backward out"
-        )
-    layout = row_layout(logits)
-    if layout is None or rows_overlap(layout, logits.shape[-1]):
-        raise ValueError(
-            f"{op}: inplace_backward on logits of shape {tuple(logits.shape)} and strides {logits.stride()}, whose "
-            "rows are scattered or overlap; pass logits.contiguous(), or leave inplace_backward out"
-        )
+    return outputs

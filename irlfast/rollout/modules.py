@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -33,12 +32,6 @@ def device_of(model: nn.Module, device: torch.device | str | None) -> torch.devi
         if wanted.type != parameter.device.type or wanted.index not in (None, parameter.device.index):
             raise ValueError(f"device = {wanted}, but the model is on {parameter.device}: move the model first")
     return parameter.device
-
-
-def takes(module: nn.Module, name: str) -> bool:
-    """Whether the module's forward has a parameter of this name, or takes any."""
-    parameters = inspect.signature(module.forward).parameters
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:

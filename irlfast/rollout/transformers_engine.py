@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from irlfast.causal_lm import taken
+
 from .base import Rollouts, SamplingParams, Sequences
-from .modules import device_of, eval_mode, load_weights, takes
+from .modules import device_of, eval_mode, load_weights
 from .sampling import sample_tokens
 from .trace import Trace
 
@@ -350,7 +352,7 @@ class TransformersEngine:
         base = getattr(self.model, "base_model", None)
         states = None
         if isinstance(base, nn.Module) and base is not self.model:  # without the output layer: no logits are computed
-            accepted = {name: value for name, value in inputs.items() if takes(base, name)}
+            accepted = {name: inputs[name] for name in taken(base, inputs)}
             states = getattr(base(input_ids=input_ids, **accepted), "last_hidden_state", None)
         if states is None and self._accepts("output_hidden_states"):
             output = self._forward(input_ids, output_hidden_states=True, **inputs)

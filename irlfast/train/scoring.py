@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from irlfast import ops
+from irlfast.causal_lm import IGNORE, at_their_tokens, next_token_labels
 from irlfast.rollout import Sequences
-
-IGNORE = -100
 
 
 class ResponseScores(NamedTuple):
@@ -39,11 +37,8 @@ def response_scores(model: nn.Module, sequences: Sequences, *, hidden_states: bo
         use_cache=False,
         **optional,
     )
-    # Logits at s predict the token at s + 1. Shifting the labels, not the logits, leaves the logits contiguous.
-    labels = torch.full_like(sequences.input_ids, IGNORE)
-    labels[:, :-1] = torch.where(sequences.response_mask, sequences.input_ids, IGNORE)[:, 1:]
-    stats = ops.token_stats(output.logits, labels, ignore_index=IGNORE)
-    aligned = ops.TokenStats(*(nn.functional.pad(value[:, :-1], (1, 0)) for value in stats))
+    labels = next_token_labels(sequences.input_ids, sequences.response_mask)
+    aligned = at_their_tokens(ops.token_stats(output.logits, labels, ignore_index=IGNORE))
     return ResponseScores(aligned, output.hidden_states[-1] if hidden_states else None)
 
 

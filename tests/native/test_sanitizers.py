@@ -1,4 +1,4 @@
-"""The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, without Python around them."""
+"""The native kernels under each sanitizer, without Python around them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 SEARCH_PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
 
 
-def test_kernels_are_clean_under_sanitizers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_kernels_are_clean_under_sanitizers(tmp_path: Path, sanitizers: str) -> None:
     cmake = shutil.which("cmake", path=SEARCH_PATH)
     if cmake is None:
         pytest.skip('cmake is neither on PATH nor beside this Python: pip install "irlfast[dev]"')
@@ -27,7 +28,7 @@ def test_kernels_are_clean_under_sanitizers(tmp_path: Path) -> None:
         "IRLFAST_PYTHON": "OFF",
         "IRLFAST_NATIVE_TESTS": "ON",
         "IRLFAST_CUDA": "OFF",
-        "IRLFAST_SANITIZE": "address,undefined",
+        "IRLFAST_SANITIZE": sanitizers,
         "CMAKE_BUILD_TYPE": "RelWithDebInfo",
     }
     configure = [cmake, "-S", str(ROOT), "-B", str(tmp_path), *generator]
@@ -37,6 +38,7 @@ def test_kernels_are_clean_under_sanitizers(tmp_path: Path) -> None:
     assert " 0 failures" in report
     assert "runtime error" not in report
     assert "AddressSanitizer" not in report
+    assert "ThreadSanitizer" not in report
 
 
 def run(command: list[str]) -> str:

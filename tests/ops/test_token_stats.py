@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -254,6 +256,76 @@ def test_streamed_gradient_has_the_same_bits() -> None:
     assert torch.equal(whole.gradient[:130], half.gradient)
 
 
+def test_more_than_2_to_the_31_logits() -> None:
+    """Offsets and counts past 32 bits. Of 4 GiB of bfloat16 logits only the rows with a label are ever touched."""
+    torch.manual_seed(26)
+    vocab = 50_257
+    logits = torch.empty(2**31 // vocab + 3, vocab, dtype=torch.bfloat16)
+    assert logits.numel() > 2**31
+    kept = [0, len(logits) // 2, len(logits) - 2, len(logits) - 1]
+    labels = torch.full((len(logits),), -100)
+    few_labels = labels[kept] = torch.randint(vocab, (4,))
+    few = torch.randn(4, vocab).bfloat16()
+    for row, values in zip(kept, few, strict=True):
+        logits[row] = values
+    stats, expected = token_stats(logits, labels), token_stats(few, few_labels)
+    for name in TokenStats._fields:
+        assert torch.equal(getattr(stats, name)[kept], getattr(expected, name)), name
+        assert int(getattr(stats, name).count_nonzero()) == 4, name
+
+    # The gradient of the first and the last row, written where they are.
+    ends = logits.as_strided((2, vocab), (kept[-1] * vocab, 1))
+    arguments = (few_labels[[0, 3]], None, 1.0, 0.0, -100)
+    state = forward_cpu(ends, *arguments, True)[3]
+    upstream = (torch.randn(2), torch.randn(2), torch.randn(2))
+    gradient = backward_cpu(few[[0, 3]], *arguments, state, *upstream)
+    backward_cpu(ends, *arguments, state, *upstream, gradient=ends)
+    assert torch.equal(logits[kept[-1]], gradient[1])
+    assert torch.equal(logits[0], gradient[0])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_rows_may_be_shuffled_and_logits_shifted(data: st.DataObject) -> None:
+    """A permutation of the rows permutes the bits; a shift, exact here, moves the log-sum-exp and nothing else."""
+    rows, vocab = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 300))
+    torch.manual_seed(data.draw(st.integers(0, 2**16)))
+    # Multiples of 1/64 below 2^9: adding such a shift rounds nothing.
+    logits = (torch.randn(rows, vocab) * 3 * 64).round() / 64
+    labels, weights = torch.randint(vocab, (rows,)), torch.randn(3, rows)
+    whole = differentiate(token_stats, logits, labels, weights)
+    order = torch.tensor(data.draw(st.permutations(range(rows))))
+    shuffled = differentiate(token_stats, logits[order], labels[order], weights[:, order])
+    for name in TokenStats._fields:
+        assert torch.equal(getattr(shuffled.stats, name), getattr(whole.stats, name)[order]), name
+    assert torch.equal(shuffled.gradient, whole.gradient[order])
+
+    shift = data.draw(st.integers(-400 * 64, 400 * 64)) / 64
+    shifted = differentiate(token_stats, logits + shift, labels, weights)
+    torch.testing.assert_close(shifted.stats.logprob, whole.stats.logprob, rtol=0, atol=2e-6)
+    torch.testing.assert_close(shifted.stats.entropy, whole.stats.entropy, rtol=0, atol=2e-6)
+    torch.testing.assert_close(shifted.stats.lse.double() - shift, whole.stats.lse.double(), rtol=0, atol=4e-5)
+    torch.testing.assert_close(shifted.gradient, whole.gradient, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("pieces", [2, 3, 7])
+def test_gradient_accumulated_in_pieces_is_that_of_the_whole(pieces: int) -> None:
+    """Micro-batches through a shared head, as a training step cuts them."""
+    torch.manual_seed(27)
+    hidden, labels = torch.randn(14, 16, dtype=torch.float64), torch.randint(300, (14,))
+    heads = []
+    for cuts in (1, pieces):
+        head = torch.nn.Linear(16, 300, dtype=torch.float64)
+        torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(0))
+        torch.nn.init.zeros_(head.bias)
+        for rows in torch.arange(14).chunk(cuts):
+            stats = token_stats(head(hidden[rows]), labels[rows])
+            (stats.logprob - 0.1 * stats.entropy + 0.01 * stats.lse.square()).sum().div(14).backward()
+        heads.append(head)
+    torch.testing.assert_close(heads[1].weight.grad, heads[0].weight.grad, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(heads[1].bias.grad, heads[0].bias.grad, rtol=1e-12, atol=1e-14)
+
+
 def test_ratio_to_itself_is_exactly_one() -> None:
     torch.manual_seed(8)
     logits = random_logits(9, 50257, torch.float32)
@@ -362,6 +434,25 @@ def test_masked_token_has_probability_and_gradient_exactly_zero(isa: str) -> Non
     kept = token_stats(logits[:, 1100:4999], labels - 1100, ignore_index=3899)
     torch.testing.assert_close(kept.entropy[0], entropy[0], rtol=0, atol=1e-6)
     torch.testing.assert_close(kept.lse[0], lse[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("vocab", [5, 4093, 40_000])
+def test_rows_masked_with_the_lowest_finite_number(vocab: int, isa: str, dtype: torch.dtype) -> None:
+    """Times log2(e) that number overflows; a whole row of it is uniform, a prefix of it counts for nothing."""
+    torch.manual_seed(25)
+    lowest = torch.finfo(dtype).min
+    logits = torch.randn(4, vocab).to(dtype)
+    logits[0] = lowest
+    logits[1, : vocab - 2] = lowest
+    logits[2] += torch.tensor(2.0**30, dtype=torch.float64).to(dtype)
+    logits[3] = torch.tensor(2.0**21).to(dtype) + torch.arange(vocab).to(dtype) % 2
+    labels = torch.tensor([1, vocab - 1, vocab - 2, 0])
+    *stats, _ = forward_cpu(logits, labels, None, 1.0, 0.0, -100, True, isa=isa)
+    exact = token_stats_reference(logits.double(), labels)
+    for ours, expected in zip(stats, exact, strict=True):
+        torch.testing.assert_close(ours, expected.to(ours.dtype), rtol=2e-7, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -560,6 +651,22 @@ def test_functional_transforms_take_the_reference() -> None:
     torch.testing.assert_close(torch.func.grad(entropy)(logits, "auto"), expected)
     with pytest.raises(RuntimeError, match=r"impl='cpu' is not available: a torch.func transform is active"):
         torch.func.grad(entropy)(logits, "cpu")
+
+
+def test_tensor_that_outlived_its_transform() -> None:
+    """It wraps the tensor that has the data."""
+    kept: list[Tensor] = []
+
+    def function(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x.sum()
+
+    logits, labels = torch.randn(3, 20), torch.tensor([1, 2, 3])
+    torch.func.grad(function)(logits)
+    expected = token_stats(logits, labels)
+    with torch.no_grad():
+        assert torch.equal(token_stats(kept[0], labels).entropy, expected.entropy)
+    assert torch.equal(token_stats(kept[0], labels).entropy, expected.entropy)
 
 
 def test_nothing_is_kept_without_grad() -> None:

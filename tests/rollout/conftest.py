@@ -1,44 +1,7 @@
-from collections.abc import Callable, Iterator
-from types import ModuleType
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
-
-VOCAB, EOS, PAD, CONTEXT = 64, 2, 0, 64
-
-
-def _config(transformers: ModuleType, family: str) -> Any:
-    small = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": PAD}
-    llama = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": CONTEXT,
-    }
-    if family == "gpt2":  # learned absolute positions, dropout
-        return transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=CONTEXT, **small)
-    if family == "llama":
-        return transformers.LlamaConfig(**llama, **small)
-    if family == "mistral":  # a window shorter than the sequences, so its cache drops old columns
-        return transformers.MistralConfig(sliding_window=6, **llama, **small)
-    if family == "gemma2":  # logits are capped after the output layer
-        return transformers.Gemma2Config(head_dim=8, sliding_window=6, **llama, **small)
-    if family == "bloom":  # takes no position_ids
-        return transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, **small)
-    if family == "opt":  # positions are counted from the attention mask
-        return transformers.OPTConfig(
-            hidden_size=32,
-            ffn_dim=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            word_embed_proj_dim=32,
-            max_position_embeddings=CONTEXT,
-            **small,
-        )
-    raise ValueError(family)
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -48,21 +11,3 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def make_lm() -> Callable[[str], torch.nn.Module]:
-    """A function from a family's name to a new tiny random model, always the same, with a peaked distribution."""
-
-    transformers = pytest.importorskip("transformers")
-
-    def make(family: str) -> torch.nn.Module:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = transformers.AutoModelForCausalLM.from_config(_config(transformers, family))
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    torch.nn.init.normal_(parameter, std=0.2)
-        return model.eval()
-
-    return make

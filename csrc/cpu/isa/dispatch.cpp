@@ -1,4 +1,5 @@
 #include "irlfast/isa.h"
+#include "isa/pair_spans.h"
 #include "isa/policy_spans.h"
 #include "isa/sequence_spans.h"
 #include "isa/softmax_spans.h"
@@ -7,6 +8,8 @@ namespace irlfast {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::kAvx512Bf16:
+      return "avx512_bf16";
     case Isa::kAvx512:
       return "avx512";
     case Isa::kAvx2:
@@ -23,6 +26,9 @@ std::vector<Isa> built_isas() {
 #endif
 #ifdef IRLFAST_HAVE_AVX512
   isas.push_back(Isa::kAvx512);
+#endif
+#ifdef IRLFAST_HAVE_AVX512_BF16
+  isas.push_back(Isa::kAvx512Bf16);
 #endif
   return isas;
 }
@@ -46,60 +52,60 @@ bool isa_runs_here(Isa isa) {
 #else
       return false;
 #endif
+    case Isa::kAvx512Bf16:
+#ifdef IRLFAST_HAVE_AVX512_BF16
+      return isa_runs_here(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
+#else
+      return false;
+#endif
   }
   return false;
 }
 
 Isa best_isa() {
-  static const Isa best = isa_runs_here(Isa::kAvx512) ? Isa::kAvx512
-                          : isa_runs_here(Isa::kAvx2) ? Isa::kAvx2
-                                                      : Isa::kBaseline;
+  static const Isa best = isa_runs_here(Isa::kAvx512Bf16) ? Isa::kAvx512Bf16
+                          : isa_runs_here(Isa::kAvx512)   ? Isa::kAvx512
+                          : isa_runs_here(Isa::kAvx2)     ? Isa::kAvx2
+                                                          : Isa::kBaseline;
   return best;
 }
 
-const SoftmaxSpans& softmax_spans(Isa isa) {
-  switch (isa) {
+// NAME(isa): the copy of a table of spans that was compiled for an instruction set.
+#ifdef IRLFAST_HAVE_AVX512_BF16
+#define IRLFAST_CASE_AVX512_BF16(name) \
+  case Isa::kAvx512Bf16:               \
+    return name##_avx512_bf16();
+#else
+#define IRLFAST_CASE_AVX512_BF16(name)
+#endif
 #ifdef IRLFAST_HAVE_AVX512
-    case Isa::kAvx512:
-      return softmax_spans_avx512();
+#define IRLFAST_CASE_AVX512(name) \
+  case Isa::kAvx512:              \
+    return name##_avx512();
+#else
+#define IRLFAST_CASE_AVX512(name)
 #endif
 #ifdef IRLFAST_HAVE_AVX2
-    case Isa::kAvx2:
-      return softmax_spans_avx2();
+#define IRLFAST_CASE_AVX2(name) \
+  case Isa::kAvx2:              \
+    return name##_avx2();
+#else
+#define IRLFAST_CASE_AVX2(name)
 #endif
-    default:
-      return softmax_spans_baseline();
+#define IRLFAST_DISPATCH(Table, name) \
+  const Table& name(Isa isa) {        \
+    switch (isa) {                    \
+      IRLFAST_CASE_AVX512_BF16(name)  \
+      IRLFAST_CASE_AVX512(name)       \
+      IRLFAST_CASE_AVX2(name)         \
+      default:                        \
+        return name##_baseline();     \
+    }                                 \
   }
-}
 
-const SequenceSpans& sequence_spans(Isa isa) {
-  switch (isa) {
-#ifdef IRLFAST_HAVE_AVX512
-    case Isa::kAvx512:
-      return sequence_spans_avx512();
-#endif
-#ifdef IRLFAST_HAVE_AVX2
-    case Isa::kAvx2:
-      return sequence_spans_avx2();
-#endif
-    default:
-      return sequence_spans_baseline();
-  }
-}
-
-const PolicySpans& policy_spans(Isa isa) {
-  switch (isa) {
-#ifdef IRLFAST_HAVE_AVX512
-    case Isa::kAvx512:
-      return policy_spans_avx512();
-#endif
-#ifdef IRLFAST_HAVE_AVX2
-    case Isa::kAvx2:
-      return policy_spans_avx2();
-#endif
-    default:
-      return policy_spans_baseline();
-  }
-}
+IRLFAST_DISPATCH(SoftmaxSpans, softmax_spans)
+IRLFAST_DISPATCH(PolicySpans, policy_spans)
+IRLFAST_DISPATCH(SequenceSpans, sequence_spans)
+IRLFAST_DISPATCH(PairSpans, pair_spans)
 
 }  // namespace irlfast

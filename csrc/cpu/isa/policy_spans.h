@@ -61,6 +61,7 @@ struct PolicySpans {
 const PolicySpans& policy_spans_baseline();
 const PolicySpans& policy_spans_avx2();
 const PolicySpans& policy_spans_avx512();
+const PolicySpans& policy_spans_avx512_bf16();
 
 const PolicySpans& policy_spans(Isa isa);
 

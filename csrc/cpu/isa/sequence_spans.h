@@ -29,6 +29,7 @@ struct SequenceSpans {
 const SequenceSpans& sequence_spans_baseline();
 const SequenceSpans& sequence_spans_avx2();
 const SequenceSpans& sequence_spans_avx512();
+const SequenceSpans& sequence_spans_avx512_bf16();
 
 const SequenceSpans& sequence_spans(Isa isa);
 

@@ -3,48 +3,27 @@
 #include <math.h>
 #include <string.h>
 
-#include "isa/vec_math.h"
-
-#define IRLFAST_JOIN_(a, b) a##b
-#define IRLFAST_JOIN(a, b) IRLFAST_JOIN_(a, b)
+#include "isa/span.h"
 
 namespace irlfast {
 namespace {
 
-// Vectors worked on together: enough to hide the latency of the polynomial, few enough to stay in registers.
-constexpr int kUnroll = kVectorBytes == 64 ? 2 : 4;
+// Vectors worked on together: enough to hide the latency of the polynomial, few enough to stay in registers, of which
+// the sums take some and SSE has no fused multiply-add's.
+constexpr int kUnroll = kVectorBytes == 16 ? 4 : 2;
+constexpr int kGradientUnroll = kVectorBytes == 64 ? 2 : 4;
 
 // After this many additions to it a partial sum moves into a second level: the rounding error of a sum grows with the
 // number of its terms, and a row has thousands for each lane.
 constexpr int kAdditions = 64;
 
-// Logits as the statistics see them: after softcap, before the temperature.
-template <typename Real, bool kSoftcap>
-class Cap {
-  using V = typename Traits<Real>::V;
-
- public:
-  explicit Cap(double softcap) : cap_(Real(softcap)), inverse_(kSoftcap ? Real(1 / softcap) : Real(0)) {}
-
-  V value(V logit) const { return kSoftcap ? tanh<Real>(logit * inverse_).value * cap_ : logit; }
-
-  // The value, and its derivative in `slope`.
-  V value(V logit, V& slope) const {
-    if (!kSoftcap) {
-      slope = broadcast<Real>(1);
-      return logit;
-    }
-    const Tanh<V> t = tanh<Real>(logit * inverse_);
-    slope = t.slope;
-    return t.value * cap_;
-  }
-
- private:
-  Real cap_, inverse_;
-};
-
-// Online softmax with one running maximum and kUnroll vectors of partial sums.
-template <typename Real, bool kWeighted>
+// Online softmax with one running maximum and kUnroll vectors of partial sums of 2^t.
+//
+// t = (logit - maximum) scale takes two operations a vector. Fused, it is one: logit scale - offset, where offset is
+// maximum scale rounded to Real. What the rounding took from it, `residual_`, is the t of the maximum itself and the
+// same for all logits, and is put right at the end; so large logits lose nothing. Only where the residual is more than
+// a fraction, as in a row that is masked with the lowest finite number throughout, must it be the two operations.
+template <typename Real, bool kWeighted, bool kFused>
 class Accumulator {
   using V = typename Traits<Real>::V;
   static constexpr int kLanes = Traits<Real>::kLanes;
@@ -56,52 +35,71 @@ class Accumulator {
       : before_(before),
         inverse_temperature_(inverse_temperature),
         scale_(Real(inverse_temperature * kLog2E)),
-        maximum_(broadcast(Real(before.max))),
-        offset_(before.max == -INFINITY ? V{} : maximum_) {}
-
-  inline __attribute__((always_inline)) void add(V (&logit)[kUnroll]) {
-    V top = logit[0];
-    for (int u = 1; u < kUnroll; ++u) top = max(top, logit[u]);
-    if (__builtin_expect(any_greater(top, maximum_), 0)) raise_maximum(logit, top);
-    V t[kUnroll], e[kUnroll];
-    for (int u = 0; u < kUnroll; ++u) t[u] = (logit[u] - offset_) * scale_;
-    exp2_limited<Real>(t, e);
-    for (int u = 0; u < kUnroll; ++u) sum_[u] += e[u];
-    if (kWeighted) {
-      for (int u = 0; u < kUnroll; ++u) weighted_[u] = fma(e[u], t[u], weighted_[u]);
-    }
+        maximum_(broadcast<Real>(-INFINITY)) {
+    if (before.max != -INFINITY) set_maximum(broadcast(Real(before.max)));
   }
 
-  // To be called every kAdditions blocks.
-  void move_up() {
-    for (int u = 0; u < kUnroll; ++u) {
-      sums_[u] += sum_[u];
-      sum_[u] = V{};
-      if (kWeighted) weighteds_[u] += weighted_[u];
-      weighted_[u] = V{};
+  // Adds `count` blocks, at most kAdditions. Everything that changes in the loop is local, and what seldom happens
+  // (about log(blocks) times a row) is outside: otherwise the compiler stores the sums in every iteration.
+  template <typename T, typename C>
+  void add(const T* logits, int64_t count, const C& cap) {
+    const T* const end = logits + count * kBlock;
+    while (logits < end) {
+      Sums sums = recent_;
+      const V maximum = maximum_, offset = offset_;
+      V block[kUnroll], top{};
+      for (; logits < end; logits += kBlock) {
+        load_block(logits, block);
+        for (int u = 0; u < kUnroll; ++u) block[u] = cap.value(block[u]);
+        top = highest(block);
+        if (__builtin_expect(any_greater(top, maximum), 0)) break;
+        sums.add(block, offset, scale_);
+      }
+      recent_ = sums;
+      if (logits < end) {
+        add_raising(block);
+        logits += kBlock;
+      }
+      if (too_large_) return;
     }
+    move_up();
   }
+
+  // A last block, padded with -inf.
+  void add(const V (&block)[kUnroll]) {
+    if (any_greater(highest(block), maximum_)) {
+      add_raising(block);
+    } else {
+      recent_.add(block, offset_, scale_);
+    }
+    move_up();
+  }
+
+  // Whether the sums are void, because the two operations were needed.
+  bool too_large() const { return too_large_; }
 
   // Lanes are added in a fixed order, in double. Where the maximum has risen, the one of before, exp(0) = 1, is in the
   // sums already.
-  OnlineSoftmax<double> result() {
-    move_up();
+  OnlineSoftmax<double> result() const {
     OnlineSoftmax<double> state{double(maximum_[0]), 0.0, 0.0};
     for (int i = 0; i < kUnroll; ++i) {
       Real sum[kLanes], weighted[kLanes];
-      store(sum, sums_[i]);
-      store(weighted, weighteds_[i]);
+      store(sum, earlier_.plain[i]);
+      store(weighted, earlier_.weighted[i]);
       for (int lane = 0; lane < kLanes; ++lane) {
         state.others += double(sum[lane]);
         if (kWeighted) state.weighted += double(weighted[lane]);
       }
     }
-    state.weighted *= kLn2;
+    const double residual = double(residual_), adjustment = ::exp(-residual * kLn2);
+    if (kWeighted) state.weighted = (state.weighted - residual * state.others) * adjustment * kLn2;
+    state.others *= adjustment;
     if (before_.max != -INFINITY) {
       const double shift = (before_.max - state.max) * inverse_temperature_;
       const double factor = shift == 0 ? 1.0 : ::exp(shift);
       state.others += factor * before_.others;
-      if (kWeighted) state.weighted += factor * (before_.weighted + shift * before_.others);
+      // Where the factor is 0, the product beside it may have overflowed.
+      if (kWeighted && factor != 0) state.weighted += factor * (before_.weighted + shift * before_.others);
     } else {
       state.others += before_.others;  // 0, or a NaN that must reach the result
     }
@@ -109,48 +107,73 @@ class Accumulator {
   }
 
  private:
-  // Rare: about log(blocks) times a row. What was the argmax joins the others; the new one is struck from its block.
-  inline __attribute__((always_inline)) void raise_maximum(V (&logit)[kUnroll], V top) {
-    // By way of a copy: were the address of `logit` itself to leave this function, it would live in memory all along.
-    V block[kUnroll];
-    for (int u = 0; u < kUnroll; ++u) block[u] = logit[u];
-    const Real before = maximum_[0];
-    const Real highest = strike_maximum(block, top);
-    for (int u = 0; u < kUnroll; ++u) logit[u] = block[u];
-    maximum_ = broadcast(highest);
-    offset_ = maximum_;
-    if (before == -INFINITY) return;
-    V shift[1] = {broadcast((before - highest) * scale_)};
-    V factor[1];
-    exp2_limited<Real>(shift, factor);
-    sum_[0] += one_in_first_lane();
-    for (int i = 0; i < kUnroll; ++i) {
-      if (kWeighted) {
-        weighted_[i] = factor[0] * fma(shift[0], sum_[i], weighted_[i]);
-        weighteds_[i] = factor[0] * fma(shift[0], sums_[i], weighteds_[i]);
+  // Sums of 2^t, and of 2^t t.
+  struct Sums {
+    V plain[kUnroll]{}, weighted[kUnroll]{};
+
+    inline __attribute__((always_inline)) void add(const V (&logit)[kUnroll], V offset, Real scale) {
+      V t[kUnroll], e[kUnroll];
+      for (int u = 0; u < kUnroll; ++u) {
+        t[u] = kFused ? fma(logit[u], broadcast(scale), -offset) : (logit[u] - offset) * scale;
       }
-      sum_[i] *= factor[0];
-      sums_[i] *= factor[0];
+      exp2_limited<Real>(t, e);
+      for (int u = 0; u < kUnroll; ++u) plain[u] += e[u];
+      if (kWeighted) {
+        for (int u = 0; u < kUnroll; ++u) weighted[u] = fma(e[u], t[u], weighted[u]);
+      }
     }
+
+    // Adds `shift` to every t; factor = 2^shift.
+    void rescale(V shift, V factor) {
+      for (int u = 0; u < kUnroll; ++u) {
+        if (kWeighted) weighted[u] = factor * fma(shift, plain[u], weighted[u]);
+        plain[u] *= factor;
+      }
+    }
+  };
+
+  static V highest(const V (&block)[kUnroll]) {
+    V top = block[0];
+    for (int u = 1; u < kUnroll; ++u) top = max(top, block[u]);
+    return top;
   }
 
-  // The highest element, whichever lane of `top` it is in; its first occurrence becomes -inf.
-  static __attribute__((noinline, cold)) Real strike_maximum(V (&block)[kUnroll], V top) {
+  // A block with a new maximum: what was the argmax joins the others, the new one is struck from its block.
+  __attribute__((noinline, cold)) void add_raising(const V (&logit)[kUnroll]) {
+    V block[kUnroll];
+    for (int u = 0; u < kUnroll; ++u) block[u] = logit[u];
+    const V maximum_before = maximum_, offset_before = offset_;
+    const V joining = broadcast(residual_);
+    set_maximum(broadcast(strike_maximum(block)));
+    if (maximum_before[0] != -INFINITY) {
+      V t[2] = {joining, kFused ? offset_before - offset_ : (maximum_before - maximum_) * scale_};
+      V e[2];
+      exp2_limited<Real>(t, e);
+      recent_.plain[0] += e[0] * one_in_first_lane();
+      if (kWeighted) recent_.weighted[0] += e[0] * t[0] * one_in_first_lane();
+      recent_.rescale(t[1], e[1]);
+      earlier_.rescale(t[1], e[1]);
+    }
+    recent_.add(block, offset_, scale_);
+  }
+
+  // The highest element, whichever lane it is in; its first occurrence becomes -inf.
+  static Real strike_maximum(V (&block)[kUnroll]) {
     Real lanes[kLanes];
-    store(lanes, top);
-    Real highest = -INFINITY;
-    for (int lane = 0; lane < kLanes; ++lane) highest = lanes[lane] > highest ? lanes[lane] : highest;
+    store(lanes, highest(block));
+    Real top = -INFINITY;
+    for (int lane = 0; lane < kLanes; ++lane) top = lanes[lane] > top ? lanes[lane] : top;
     for (int u = 0; u < kUnroll; ++u) {
       store(lanes, block[u]);
       for (int lane = 0; lane < kLanes; ++lane) {
-        if (lanes[lane] == highest) {
+        if (lanes[lane] == top) {
           lanes[lane] = -INFINITY;
           block[u] = load(lanes);
-          return highest;
+          return top;
         }
       }
     }
-    return highest;
+    return top;
   }
 
   static V one_in_first_lane() {
@@ -159,46 +182,53 @@ class Accumulator {
     return one;
   }
 
+  void move_up() {
+    for (int u = 0; u < kUnroll; ++u) {
+      earlier_.plain[u] += recent_.plain[u];
+      if (kWeighted) earlier_.weighted[u] += recent_.weighted[u];
+    }
+    recent_ = Sums();
+  }
+
+  void set_maximum(V maximum) {
+    maximum_ = maximum;
+    offset_ = kFused ? maximum * scale_ : maximum;
+    if (kFused) {
+      residual_ = fma(maximum, broadcast(scale_), -offset_)[0];
+      too_large_ |= !(fabs(residual_) <= 1);
+    }
+  }
+
   OnlineSoftmax<double> before_;
   double inverse_temperature_;
   Real scale_;
-  V maximum_;  // -inf until something finite is met
-  V offset_;   // the maximum, or 0 while there is none: -inf less -inf would be NaN
-  // Sums of 2^t, and of 2^t t: those of the latest blocks, and those before.
-  V sum_[kUnroll]{}, weighted_[kUnroll]{};
-  V sums_[kUnroll]{}, weighteds_[kUnroll]{};
+  V maximum_;   // -inf until something finite is met
+  V offset_{};  // the maximum (scaled if fused), or 0 while there is none: -inf less -inf would be NaN
+  Real residual_ = 0;
+  bool too_large_ = false;
+  Sums recent_, earlier_;  // the latest kAdditions blocks, and those before
 };
 
-template <typename T, bool kSoftcap, bool kWeighted>
+template <typename T, bool kSoftcap, bool kWeighted, bool kFused = kHasFma>
 OnlineSoftmax<double> summarise_span(const T* logits, int64_t count, double inverse_temperature, double softcap,
                                      const OnlineSoftmax<double>& before) {
   using Real = typename Compute<T>::Real;
   using V = typename Traits<Real>::V;
-  constexpr int kLanes = Traits<Real>::kLanes;
-  constexpr int kBlock = Accumulator<Real, kWeighted>::kBlock;
+  constexpr int kBlock = Accumulator<Real, kWeighted, kFused>::kBlock;
 
   const Cap<Real, kSoftcap> cap(softcap);
-  Accumulator<Real, kWeighted> accumulator(inverse_temperature, before);
-  V block[kUnroll];
-  int64_t i = 0;
-  while (i + kBlock <= count) {
-    const int64_t whole = (count - i) / kBlock;
-    const int64_t end = i + (whole < kAdditions ? whole : kAdditions) * kBlock;
-    for (; i < end; i += kBlock) {
-      for (int u = 0; u < kUnroll; ++u) block[u] = cap.value(load(logits + i + u * kLanes));
-      accumulator.add(block);
-    }
-    accumulator.move_up();
+  Accumulator<Real, kWeighted, kFused> accumulator(inverse_temperature, before);
+  const int64_t blocks = count / kBlock;
+  for (int64_t i = 0; i < blocks && !accumulator.too_large(); i += kAdditions) {
+    accumulator.add(logits + i * kBlock, blocks - i < kAdditions ? blocks - i : kAdditions, cap);
   }
-  if (i < count) {
-    T rest[kBlock] = {};
-    memcpy(rest, logits + i, size_t(count - i) * sizeof(T));
-    for (int u = 0; u < kUnroll; ++u) {
-      block[u] = cap.value(load(rest + u * kLanes));
-      const auto past = lane_numbers<Real>() >= decltype(+lane_numbers<Real>()[0])(count - i - u * kLanes);
-      block[u] = past ? broadcast<Real>(-INFINITY) : block[u];
-    }
+  if (const int64_t left = count % kBlock) {
+    V block[kUnroll];
+    load_rest(logits + blocks * kBlock, left, cap, block);
     accumulator.add(block);
+  }
+  if (kFused && accumulator.too_large()) {
+    return summarise_span<T, kSoftcap, kWeighted, false>(logits, count, inverse_temperature, softcap, before);
   }
   return accumulator.result();
 }
@@ -243,9 +273,7 @@ class Gradient {
   template <typename Out>
   void few(const T* logits, Out* gradient, int64_t count) const {
     constexpr int kLanes = Traits<Real>::kLanes;
-    T buffer[kLanes] = {};
-    memcpy(buffer, logits, size_t(count) * sizeof(T));
-    V x[1] = {load(buffer)};
+    V x[1] = {load_few<T, kLanes>(logits, count)};
     apply(x);
     Out result[kLanes];
     store(result, x[0]);
@@ -259,11 +287,6 @@ class Gradient {
   V constant_, linear_;
 };
 
-template <bool kStream, typename T, typename V>
-IRLFAST_VEC void put(T* destination, V value) {
-  kStream ? stream(destination, value) : store(destination, value);
-}
-
 template <typename T, typename Out, bool kSoftcap, bool kStream>
 void differentiate_span(const T* logits, Out* gradient, int64_t count, const SoftmaxGradient& parameters) {
   using Real = typename Compute<T>::Real;
@@ -272,19 +295,15 @@ void differentiate_span(const T* logits, Out* gradient, int64_t count, const Sof
 
   int64_t i = 0;
   if (kStream) {
-    constexpr uintptr_t kBytes = kLanes * sizeof(Out);
-    const uintptr_t past = reinterpret_cast<uintptr_t>(gradient) % kBytes;
-    if (past != 0) {
-      const int64_t head = int64_t((kBytes - past) / sizeof(Out));
-      i = head < count ? head : count;
-      gradient_of.few(logits, gradient, i);
-    }
+    const int64_t aligned = unaligned_head(gradient), head = aligned < count ? aligned : count;
+    for (; i < head; i += kLanes) gradient_of.few(logits + i, gradient + i, head - i < kLanes ? head - i : kLanes);
+    i = head;
   }
-  typename Traits<Real>::V x[kUnroll];
-  for (; i + kUnroll * kLanes <= count; i += kUnroll * kLanes) {
-    for (int u = 0; u < kUnroll; ++u) x[u] = load(logits + i + u * kLanes);
+  typename Traits<Real>::V x[kGradientUnroll];
+  for (; i + kGradientUnroll * kLanes <= count; i += kGradientUnroll * kLanes) {
+    load_block(logits + i, x);
     gradient_of.apply(x);
-    for (int u = 0; u < kUnroll; ++u) put<kStream>(gradient + i + u * kLanes, x[u]);
+    store_block<kStream, T>(gradient + i, x);
   }
   for (; i < count; i += kLanes) gradient_of.few(logits + i, gradient + i, count - i < kLanes ? count - i : kLanes);
   if (kStream) stream_fence();

@@ -46,6 +46,7 @@ struct SoftmaxSpans {
 const SoftmaxSpans& softmax_spans_baseline();
 const SoftmaxSpans& softmax_spans_avx2();
 const SoftmaxSpans& softmax_spans_avx512();
+const SoftmaxSpans& softmax_spans_avx512_bf16();
 
 const SoftmaxSpans& softmax_spans(Isa isa);
 

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -23,6 +24,12 @@ constexpr int kVectorBytes = 64;
 constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
+#endif
+
+#if defined(__AVX512F__) || defined(__FMA__)
+constexpr bool kHasFma = true;
+#else
+constexpr bool kHasFma = false;
 #endif
 
 template <typename Real>
@@ -121,6 +128,23 @@ IRLFAST_VEC bool any_greater(V a, V b) {
 }
 #endif
 
+// Lane i + lane i + half of them, in double. Of doubles: themselves.
+IRLFAST_VEC VecD fold_to_double(VecD x) {
+  return x;
+}
+IRLFAST_VEC VecD fold_to_double(VecF x) {
+#if defined(__AVX512F__)
+  return _mm512_cvtps_pd(_mm512_castps512_ps256(x)) + _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
+#elif defined(__AVX2__)
+  return _mm256_cvtps_pd(_mm256_castps256_ps128(x)) + _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+#else
+  VecD folded;
+  constexpr int kHalf = Traits<double>::kLanes;
+  for (int lane = 0; lane < kHalf; ++lane) folded[lane] = double(x[lane]) + double(x[lane + kHalf]);
+  return folded;
+#endif
+}
+
 // Lane numbers 0, 1, 2, ...
 template <typename Real>
 IRLFAST_VEC typename Traits<Real>::I lane_numbers() {
@@ -174,12 +198,15 @@ IRLFAST_VEC VecF load(const Float16* p) {
 #endif
 }
 
-// Round to nearest, ties to even; a NaN stays a (quiet) NaN.
-IRLFAST_VEC HalfF to_bfloat16(VecF x) {
+// The upper half of each lane is x rounded to nearest, ties to even; a NaN stays a (quiet) NaN.
+IRLFAST_VEC IntF round_to_bfloat16(VecF x) {
   const IntF b = bits(x);
-  const IntF rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
-  const IntF quiet = (b >> 16) | 0x40;
-  return __builtin_convertvector(x != x ? quiet : rounded, HalfF);
+  const IntF rounded = b + 0x7fff + ((b >> 16) & 1);
+  return x != x ? (b | 0x400000) : rounded;
+}
+
+IRLFAST_VEC HalfF to_bfloat16(VecF x) {
+  return __builtin_convertvector(round_to_bfloat16(x) >> 16, HalfF);
 }
 
 IRLFAST_VEC HalfF to_float16(VecF x) {
@@ -216,39 +243,102 @@ IRLFAST_VEC void store(Float16* p, VecF x) {
   std::memcpy(p, &half, sizeof half);
 }
 
-// Past the caches, for results too large to be read back from them. The address is aligned to the bytes written.
+// Blocks: kVectors vectors of adjacent elements. Lane i of vector u holds element block_position<T>(u)[i]. For bfloat16
+// neighbours go to the same lane of two vectors: taking the halves of a 32-bit word apart is one instruction for each
+// vector, and widening it in order three.
+template <typename T>
+IRLFAST_VEC typename Traits<typename Compute<T>::Real>::I block_position(int u) {
+  using Real = typename Compute<T>::Real;
+  return lane_numbers<Real>() + u * Traits<Real>::kLanes;
+}
+template <>
+IRLFAST_VEC IntF block_position<BFloat16>(int u) {
+  return lane_numbers<float>() * 2 + (u / 2 * 2 * Traits<float>::kLanes + u % 2);
+}
+
+template <typename T, typename V, int kVectors>
+IRLFAST_VEC void load_block(const T* p, V (&x)[kVectors]) {
+  for (int u = 0; u < kVectors; ++u) x[u] = load(p + u * int(sizeof(V) / sizeof(x[0][0])));
+}
+template <int kVectors>
+IRLFAST_VEC void load_block(const BFloat16* p, VecF (&x)[kVectors]) {
+  static_assert(kVectors % 2 == 0, "neighbours are in two vectors");
+  for (int u = 0; u < kVectors; u += 2) {
+    IntF pairs;
+    std::memcpy(&pairs, p + u * Traits<float>::kLanes, sizeof pairs);
+    x[u] = from_bits(pairs << 16);
+    x[u + 1] = from_bits(pairs & int32_t(0xffff0000));
+  }
+}
+
+IRLFAST_VEC IntF joined(HalfF first, HalfF second) {
+  const HalfF halves[2] = {first, second};
+  IntF both;
+  std::memcpy(&both, halves, sizeof both);
+  return both;
+}
+
+// Two vectors as load_block reads them from bfloat16.
+IRLFAST_VEC IntF to_bfloat16_pairs(VecF even, VecF odd) {
+#if defined(__AVX512BF16__)
+  IntF order{};
+  for (int i = 0; i < Traits<float>::kLanes; ++i) order[i] = (Traits<float>::kLanes + i) << 16 | i;
+  const __m512bh halves = _mm512_cvtne2ps_pbh(odd, even);
+  return reinterpret_cast<IntF>(
+      _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(order), reinterpret_cast<__m512i>(halves)));
+#else
+  typedef uint32_t Word __attribute__((vector_size(kVectorBytes)));
+  const IntF low = reinterpret_cast<IntF>(reinterpret_cast<Word>(round_to_bfloat16(even)) >> 16);
+  return low | (round_to_bfloat16(odd) & int32_t(0xffff0000));
+#endif
+}
+
+// Past the caches, for results too large to be read back from them. The address is aligned to the vector.
 #if defined(__AVX512F__)
-IRLFAST_VEC void stream(float* p, VecF x) {
-  _mm512_stream_ps(p, x);
-}
-IRLFAST_VEC void stream(double* p, VecD x) {
-  _mm512_stream_pd(p, x);
-}
-IRLFAST_VEC void stream(BFloat16* p, VecF x) {
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(to_bfloat16(x)));
-}
-IRLFAST_VEC void stream(Float16* p, VecF x) {
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(to_float16(x)));
+template <typename V>
+IRLFAST_VEC void stream_vector(void* p, V x) {
+  _mm512_stream_si512(static_cast<__m512i*>(p), reinterpret_cast<__m512i>(x));
 }
 #elif defined(__AVX2__)
-IRLFAST_VEC void stream(float* p, VecF x) {
-  _mm256_stream_ps(p, x);
-}
-IRLFAST_VEC void stream(double* p, VecD x) {
-  _mm256_stream_pd(p, x);
-}
-IRLFAST_VEC void stream(BFloat16* p, VecF x) {
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(to_bfloat16(x)));
-}
-IRLFAST_VEC void stream(Float16* p, VecF x) {
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(to_float16(x)));
+template <typename V>
+IRLFAST_VEC void stream_vector(void* p, V x) {
+  _mm256_stream_si256(static_cast<__m256i*>(p), reinterpret_cast<__m256i>(x));
 }
 #else
-template <typename T, typename V>
-IRLFAST_VEC void stream(T* p, V x) {
-  store(p, x);
+template <typename V>
+IRLFAST_VEC void stream_vector(void* p, V x) {
+  std::memcpy(p, &x, sizeof x);
 }
 #endif
+
+template <bool kStream, typename V>
+IRLFAST_VEC void put_vector(void* p, V x) {
+  if (kStream) {
+    stream_vector(p, x);
+  } else {
+    std::memcpy(p, &x, sizeof x);
+  }
+}
+
+// A block that load_block has read from a T*, written. A streamed block starts at a multiple of kVectorBytes.
+template <bool kStream, typename T, typename Real, typename V, int kVectors>
+IRLFAST_VEC void store_block(Real* p, const V (&x)[kVectors]) {
+  for (int u = 0; u < kVectors; ++u) put_vector<kStream>(p + u * Traits<Real>::kLanes, x[u]);
+}
+template <bool kStream, typename T, int kVectors>
+IRLFAST_VEC void store_block(BFloat16* p, const VecF (&x)[kVectors]) {
+  for (int u = 0; u < kVectors; u += 2) {
+    put_vector<kStream>(p + u * Traits<float>::kLanes, std::is_same<T, BFloat16>::value
+                                                           ? to_bfloat16_pairs(x[u], x[u + 1])
+                                                           : joined(to_bfloat16(x[u]), to_bfloat16(x[u + 1])));
+  }
+}
+template <bool kStream, typename T, int kVectors>
+IRLFAST_VEC void store_block(Float16* p, const VecF (&x)[kVectors]) {
+  for (int u = 0; u < kVectors; u += 2) {
+    put_vector<kStream>(p + u * Traits<float>::kLanes, joined(to_float16(x[u]), to_float16(x[u + 1])));
+  }
+}
 
 // Orders streamed stores before whatever the caller does next.
 IRLFAST_VEC void stream_fence() {

@@ -96,22 +96,91 @@ IRLFAST_VEC V times_power_of_two(V x, V nearest) {
 }
 #endif
 
-// 2^t for t <= 127 (float) or 1023 (double); exactly 0 at and below kLowest, -inf included. The t come back limited to
-// kLowest, so that their product with the result is never 0 * inf. Several vectors step by step together: with one
-// chain of dependent operations after the other, the processor's scheduler fills up with operations that wait.
+// 2^(n + f), step by step for several vectors together: with one chain of dependent operations after the other, the
+// processor's scheduler fills up with operations that wait.
 template <typename Real, int kVectors, typename V>
-IRLFAST_VEC void exp2_limited(V (&t)[kVectors], V (&result)[kVectors]) {
+IRLFAST_VEC void two_to_the(const V (&n)[kVectors], const V (&f)[kVectors], V (&result)[kVectors]) {
   using E = Exp2<Real>;
-  V f[kVectors], n[kVectors];
-  for (int u = 0; u < kVectors; ++u) t[u] = max(broadcast<Real>(E::kLowest), t[u]);
-  for (int u = 0; u < kVectors; ++u) n[u] = nearest<Real>(t[u]);
-  for (int u = 0; u < kVectors; ++u) f[u] = t[u] - integer<Real>(n[u]);
   for (int u = 0; u < kVectors; ++u) result[u] = broadcast(E::kQ[0]);
   for (int k = 1; k < E::kTerms; ++k) {
     for (int u = 0; u < kVectors; ++u) result[u] = fma(result[u], f[u], broadcast(E::kQ[k]));
   }
   for (int u = 0; u < kVectors; ++u) result[u] = fma(result[u], f[u], broadcast<Real>(1));
   for (int u = 0; u < kVectors; ++u) result[u] = times_power_of_two<Real>(result[u], n[u]);
+}
+
+// 2^t for t <= 127 (float) or 1023 (double); exactly 0 at and below kLowest, -inf included. The t come back limited to
+// kLowest, so that their product with the result is never 0 * inf.
+template <typename Real, int kVectors, typename V>
+IRLFAST_VEC void exp2_limited(V (&t)[kVectors], V (&result)[kVectors]) {
+  V f[kVectors], n[kVectors];
+  for (int u = 0; u < kVectors; ++u) t[u] = max(broadcast<Real>(Exp2<Real>::kLowest), t[u]);
+  for (int u = 0; u < kVectors; ++u) n[u] = nearest<Real>(t[u]);
+  for (int u = 0; u < kVectors; ++u) f[u] = t[u] - integer<Real>(n[u]);
+  two_to_the<Real>(n, f, result);
+}
+
+// A factor for exp_limited: log2(e) times another one.
+template <typename Real>
+struct Scale {
+  using V = typename Traits<Real>::V;
+
+  explicit Scale(double factor)
+      : factor(broadcast(Real(factor * kLog2E))), lowest(broadcast(Real(Exp2<Real>::kLowest / (factor * kLog2E)))) {}
+
+  V factor;
+  V lowest;  // where 2^(factor a) becomes 0
+};
+
+// exp of a times what the scale was made of, for a at most a little above 0; exactly 0 far below it, -inf included. The
+// a come back limited, so that their product with the result is never 0 * inf. The fraction of the exponent of two is
+// taken before that exponent is rounded.
+template <typename Real, int kVectors, typename V>
+IRLFAST_VEC void exp_limited(V (&a)[kVectors], const Scale<Real>& scale, V (&result)[kVectors]) {
+  V f[kVectors], n[kVectors];
+  for (int u = 0; u < kVectors; ++u) a[u] = max(scale.lowest, a[u]);
+  for (int u = 0; u < kVectors; ++u) n[u] = nearest<Real>(a[u] * scale.factor);
+  for (int u = 0; u < kVectors; ++u) f[u] = fma(a[u], scale.factor, -integer<Real>(n[u]));
+  two_to_the<Real>(n, f, result);
+}
+
+template <typename Real>
+struct Log;
+
+template <>
+struct Log<float> {
+  static constexpr int kTerms = 5;
+  static constexpr int32_t kSqrtHalf = 0x3f3504f3;
+  static constexpr float kSmallest = 0x1p-126f;
+  static constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
+};
+
+template <>
+struct Log<double> {
+  static constexpr int kTerms = 11;
+  static constexpr int64_t kSqrtHalf = 0x3fe6a09e667f3bcd;
+  static constexpr double kSmallest = 0x1p-1022;
+  static constexpr double kLn2High = 0x1.62e42fefa38p-1, kLn2Low = 0x1.ef35793c7673p-45;
+};
+
+// log(1 + h) for h >= -1, accurate for small h too; finite at -1, so that its product with 0 is 0. From
+// log m = 2 atanh(s) = 2 (s + s^3/3 + s^5/5 + ...), s = (m - 1) / (m + 1), m in [sqrt(1/2), sqrt(2)): |s| < 0.172.
+template <typename Real, typename V>
+IRLFAST_VEC V log1p_limited(V h) {
+  using L = Log<Real>;
+  const V one = broadcast<Real>(1);
+  const V rounded = one + h;
+  const V lost = h - (rounded - one);
+  const V sum = max(broadcast<Real>(L::kSmallest), rounded);
+  const auto power = (bits(sum) - L::kSqrtHalf) >> Exp2<Real>::kMantissaBits;
+  const V m = from_bits(bits(sum) - (power << Exp2<Real>::kMantissaBits));
+  const V n = __builtin_convertvector(power, V);
+  const V s = (m - one) / (m + one);
+  const V z = s * s;
+  V series = broadcast(Real(2) / Real(2 * L::kTerms + 1));
+  for (int k = L::kTerms - 1; k >= 1; --k) series = fma(series, z, broadcast(Real(2) / Real(2 * k + 1)));
+  const V tail = fma(s * z, series, fma(n, broadcast<Real>(L::kLn2Low), lost / sum));
+  return fma(n, broadcast<Real>(L::kLn2High), s + s + tail);
 }
 
 template <typename V>

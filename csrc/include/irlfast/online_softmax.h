@@ -47,7 +47,7 @@ IRLFAST_INLINE OnlineSoftmax<Real> online_softmax_merge(OnlineSoftmax<Real> a, O
   const Real factor = exp(shift);
   const Real mass = Real(1) + b.others;
   a.others += factor * mass;
-  a.weighted += factor * (b.weighted + shift * mass);
+  if (factor != Real(0)) a.weighted += factor * (b.weighted + shift * mass);  // the product may have overflowed
   return a;
 }
 

@@ -39,10 +39,11 @@ struct TokenStatsInput {
   int64_t numbered_rows = 0;
 };
 
-// Statistics are float, or double where the logits are. A row whose labels are all ignored gives zeros.
+// Statistics are float, or double where the logits are; all but the log-prob null where they are not wanted. A row
+// whose labels are all ignored gives zeros.
 struct TokenStatsOutput {
   void* logprob = nullptr;  // rows x labels_per_row
-  void* entropy = nullptr;  // rows, or null where it is not wanted
+  void* entropy = nullptr;  // rows
   void* lse = nullptr;      // rows
   void* state = nullptr;    // 3 x rows, what the gradient needs: max, sum of the others' exponentials, entropy
 };

@@ -1,0 +1,278 @@
+"""The chunk loops of the linear ops: products over chunks of the vocabulary, and what is done with each chunk's logits.
+
+Written once for every device. A device gives an `Epilogue`, which works on the logits of some columns while they are in
+its cache; the products are `_product.product`. All rows here have a label: whoever calls has left ignored ones out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from irlfast.ops._dispatch import statistics_dtype
+from irlfast.ops._product import operand_dtype, product
+
+# Logits worked on at a time: enough rows and columns for the products to run at full speed, and no more memory.
+SCRATCH_BYTES = 16 << 20
+
+
+class Rows(NamedTuple):
+    """What each row brings besides its logits."""
+
+    labels: Tensor  # (N) int64
+    row_temperature: Tensor | None  # (N) in the statistics' type; replaces temperature
+    temperature: float
+    softcap: float  # 0 means none
+    ref_hidden: Tensor | None = None  # (N, D') of a reference model, where there is one
+
+    def take(self, which: Tensor | slice) -> Rows:
+        row_temperature = None if self.row_temperature is None else self.row_temperature[which]
+        ref_hidden = None if self.ref_hidden is None else self.ref_hidden[which]
+        return self._replace(labels=self.labels[which], row_temperature=row_temperature, ref_hidden=ref_hidden)
+
+    def inverse_temperature(self) -> Tensor | float:
+        """1 / T, (N) float64 where there is one a row."""
+        return 1 / self.temperature if self.row_temperature is None else 1 / self.row_temperature.double()
+
+    def slope(self, value: Tensor) -> Tensor | float:
+        """dl / dlogit where the softcapped logit l is `value`: 1 - tanh^2."""
+        return (1 - value / self.softcap) * (1 + value / self.softcap) if self.softcap else 1.0
+
+
+class Upstream(NamedTuple):
+    """Gradients of the statistics, (N) each in their type, None for zero."""
+
+    logprob: Tensor | None
+    entropy: Tensor | None
+    lse: Tensor | None
+    reverse_kl: Tensor | None = None  # of a reference model, as is the next
+    forward_kl: Tensor | None = None
+
+    def take(self, which: Tensor | slice) -> Upstream:
+        return Upstream(*(None if g is None else g[which] for g in self))
+
+    def nonzero_rows(self) -> Tensor | None:
+        """Numbers of the rows that receive any gradient, None where all do or all gradients are None."""
+        given = [g != 0 for g in self if g is not None]  # NaN is not 0
+        if not given:
+            return None
+        some = given[0]
+        for other in given[1:]:
+            some = some | other
+        return None if bool(some.all()) else some.nonzero().squeeze(1)
+
+
+class Differentiates(Protocol):
+    """The part of an `Epilogue` that backward needs."""
+
+    def differentiate(
+        self,
+        logits: Tensor,
+        first_column: int,
+        rows: Rows,
+        state: Tensor,
+        upstream: Upstream,
+        out: Tensor,
+        *,
+        row_numbers: Tensor | None,
+    ) -> None:
+        """out [n, C] = the gradient of the logits' rows row_numbers, or of all. state [4, n] as of `finish`."""
+
+
+class Epilogue(Differentiates, Protocol):
+    """A device's work on the logits [N, C] of columns first_column and on, adjacent in a row.
+
+    Attributes:
+        piece: chunks begin at multiples of this many columns. Sums run over whole pieces, whatever the chunks.
+    """
+
+    piece: int
+
+    def merge(self, logits: Tensor, first_column: int, rows: Rows, running: Tensor, *, weighted: bool) -> None:
+        """Adds the columns to running [4, N] float64: maximum, others, weighted (where asked), the label's logit."""
+
+    def exponentials(self, logits: Tensor, first_column: int, rows: Rows, maximum: Tensor, out: Tensor) -> None:
+        """out [N, C] = exp((l - maximum) / T) dl / dlogit; 0 at the label, and where the maximum [N] is -inf."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """The output head: weight [V, D], bias [V] or None, and the columns worked on at a time."""
+
+    weight: Tensor
+    bias: Tensor | None
+    chunk: int
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """(first column, end)."""
+        vocab = self.weight.shape[0]
+        for begin in range(0, vocab, self.chunk):
+            yield begin, min(begin + self.chunk, vocab)
+
+    @property
+    def width(self) -> int:
+        return min(self.chunk, self.weight.shape[0])
+
+    def block(self, dtype: torch.dtype) -> int:
+        """Rows worked on at a time."""
+        return max(1, SCRATCH_BYTES // (self.width * dtype.itemsize))
+
+    def logits(self, hidden: Tensor, begin: int, end: int, out: Tensor) -> None:
+        """out [N, end - begin] = the logits of columns [begin, end)."""
+        if self.bias is not None:
+            out.copy_(self.bias[begin:end].expand_as(out))
+        product(hidden, self.weight[begin:end].t(), out, accumulate=self.bias is not None)
+
+
+def matrix(memory: Tensor, rows: int, columns: int) -> Tensor:
+    """[rows, columns], contiguous, in the first elements of a flat tensor."""
+    return memory[: rows * columns].view(rows, columns)
+
+
+def blocks(count: int, block: int) -> Iterator[slice]:
+    for begin in range(0, count, block):
+        yield slice(begin, min(begin + block, count))
+
+
+def sweep(
+    hidden: Tensor,  # (N, D)
+    head: Head,
+    rows: Rows,
+    epilogue: Epilogue,
+    *,
+    weighted: bool,
+    kept: Tensor | None = None,  # (>= N * V)
+    expected: Tensor | None = None,  # (N, D)
+) -> Tensor:  # (4, N)
+    """Running statistics of all columns, by one product a chunk.
+
+    kept receives the logits, each chunk [N, columns] after the one before. expected receives
+    sum_{v != y} p_v (dl / dlogit)_v W_v, by one more product a chunk; what was summed before is rescaled where a row's
+    maximum rises.
+    """
+    count = hidden.shape[0]
+    dtype = statistics_dtype(hidden.dtype)
+    block = head.block(dtype)
+    running = hidden.new_zeros((4, count), dtype=torch.float64)
+    running[0] = -torch.inf
+    size = min(block, count) * head.width
+    scratch = hidden.new_empty(size if kept is None else 0, dtype=dtype)
+    narrow = operand_dtype(hidden)
+    factors = scratch if narrow == dtype else hidden.new_empty(0 if expected is None else size, dtype=narrow)
+    if expected is not None:
+        expected.zero_()
+    for begin, end in head.chunks():
+        for which in blocks(count, block):
+            part, x = rows.take(which), hidden[which]
+            if kept is None:
+                logits = matrix(scratch, len(x), end - begin)
+            else:
+                logits = matrix(kept[count * begin :], count, end - begin)[which]
+            head.logits(x, begin, end, logits)
+            state = running[:, which]
+            before = state[0].clone()
+            epilogue.merge(logits, begin, part, state, weighted=weighted)
+            if expected is None:
+                continue
+            rise = torch.where(state[0] > before, ((before - state[0]) * part.inverse_temperature()).exp(), 1.0)
+            expected[which] *= rise.to(dtype)[:, None]
+            out = matrix(factors, len(x), end - begin)
+            epilogue.exponentials(logits, begin, part, state[0], out)
+            product(out, head.weight[begin:end], expected[which], accumulate=True)
+    if expected is not None:
+        expected /= (1 + running[1]).to(dtype)[:, None]
+    return running
+
+
+class Finished(NamedTuple):
+    """Statistics (N) each; state (4, N): maximum, others, entropy and label's logit. In the statistics' type."""
+
+    logprob: Tensor
+    entropy: Tensor
+    lse: Tensor
+    state: Tensor
+
+
+def finish(running: Tensor, rows: Rows, dtype: torch.dtype) -> Finished:
+    """The statistics that running ones amount to; the formulas of csrc/include/irlfast/online_softmax.h."""
+    maximum, others, weighted, label = running
+    inverse_temperature = rows.inverse_temperature()
+    log_sum = (maximum - maximum) + others.log1p()  # NaN for a row without a finite maximum
+    # The maximum is taken from the logit before the logarithm is: both are exact, their sum would not be.
+    logprob = (label - maximum) * inverse_temperature - log_sum
+    entropy = log_sum - weighted / (1 + others)
+    lse = maximum * inverse_temperature + log_sum
+    state = torch.stack([maximum, others, entropy, label]).to(dtype)
+    return Finished(logprob.to(dtype), entropy.to(dtype), lse.to(dtype), state)
+
+
+class Gradients(NamedTuple):
+    """Where gradients go, None for those that nobody needs. hidden (N, D) and bias (V) in the statistics' type."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def pull(
+    hidden: Tensor,  # (N, D)
+    head: Head,
+    rows: Rows,
+    epilogue: Differentiates,
+    state: Tensor,  # (4, N)
+    upstream: Upstream,
+    gradients: Gradients,
+    *,
+    kept: Tensor | None = None,  # (>= M * V)
+    kept_rows: int = 0,  # M
+    row_numbers: Tensor | None = None,  # (N)
+    add: bool = False,
+) -> None:
+    """Gradients of these N rows: logits anew or from `kept`, their gradient in place or beside them, and the products.
+
+    row_numbers: where among the M rows of `kept` the N are. add: to what the weight's and bias's gradients hold.
+    """
+    count = hidden.shape[0]
+    dtype = statistics_dtype(hidden.dtype)
+    block = head.block(dtype)
+    narrow = operand_dtype(hidden)
+    size = min(block, count) * head.width
+    scratch = hidden.new_empty(size if kept is None else 0, dtype=dtype)
+    # Kept logits are not written over: backward may run again, and a block that stays in cache is quicker to write.
+    factors = scratch if kept is None and narrow == dtype else hidden.new_empty(size, dtype=narrow)
+    if gradients.hidden is not None:
+        gradients.hidden.zero_()
+    # Sums over several blocks are not rounded in between.
+    several = count > block and gradients.weight is not None and gradients.weight.dtype != dtype
+    for begin, end in head.chunks():
+        weight_gradient = None if gradients.weight is None else gradients.weight[begin:end]
+        if weight_gradient is not None and several:
+            weight_gradient = (
+                weight_gradient.to(dtype) if add else weight_gradient.new_empty(weight_gradient.shape, dtype=dtype)
+            )
+        for which in blocks(count, block):
+            part, x = rows.take(which), hidden[which]
+            numbers = None if row_numbers is None else row_numbers[which]
+            if kept is None:
+                logits = matrix(scratch, len(x), end - begin)
+                head.logits(x, begin, end, logits)
+            else:
+                logits = matrix(kept[kept_rows * begin :], kept_rows, end - begin)
+                if numbers is None:
+                    logits = logits[which]
+            out = matrix(factors, len(x), end - begin)
+            epilogue.differentiate(logits, begin, part, state[:, which], upstream.take(which), out, row_numbers=numbers)
+            onto = add or which.start > 0
+            if gradients.hidden is not None:
+                product(out, head.weight[begin:end], gradients.hidden[which], accumulate=True)
+            if weight_gradient is not None:
+                product(out.t(), x, weight_gradient, accumulate=onto)
+            if gradients.bias is not None:
+                column_sums = out.sum(dim=0, dtype=dtype)
+                gradients.bias[begin:end] = gradients.bias[begin:end] + column_sums if onto else column_sums
+        if gradients.weight is not None and weight_gradient is not None and several:
+            gradients.weight[begin:end] = weight_gradient

@@ -1,0 +1,341 @@
+"""A policy's token statistics and its divergence from a reference, from the hidden states and heads of both.
+
+With logits l = X W^T + b of the policy, r = X' W'^T + b' of the reference, and z, p, z', q of both as in `token_kl`:
+
+    logprob, entropy, lse       of the policy, as in `token_stats`
+    ref_logprob                 z'_y - log sum_v exp z'_v
+    reverse_kl, forward_kl      KL(p || q) and KL(q || p), as in `token_kl`
+
+and, with upstream gradients g, h, u of the first three, s of reverse_kl and f of forward_kl, the policy's gradient
+
+    dz_v = p_v (u - g + h (lse - H) - h z_v) + g [v = y] + s p_v (log p_v - log q_v - KL(p || q)) + f (p_v - q_v)
+
+from which dX, dW and db follow as in `linear_token_stats`. Neither model's logits ever exist whole: the vocabulary is
+walked through in chunks, and one sweep over a chunk of both gives every sum. In units of one N x V x D product that is
+2 forward and, with the logits made anew, 4 backward: 6 with training. Where no divergence receives a gradient, the
+reference takes no part in backward, which is 3 then.
+
+Rows with an ignored label take part in no product, rows that receive no gradient in no product of backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from irlfast.ops._dispatch import (
+    LIBRARY,
+    Implementation,
+    cpu_kernel_unavailable,
+    not_in_this_release,
+    select,
+    statistics_dtype,
+)
+from irlfast.ops._linear import Rows, Upstream
+from irlfast.ops._linear_cpu import check_values
+from irlfast.ops._linear_inputs import autocast, check_linear, split_temperature
+from irlfast.ops._linear_pair import RUNNING, Models, Outputs, backward_pair, forward_pair
+from irlfast.ops._linear_pair_cpu import CpuPairEpilogue
+from irlfast.ops._scaling import check_scaling
+from irlfast.ops._token_stats_cpu import check_row_temperature
+from irlfast.ops.linear_token_stats import CHUNK
+from irlfast.ops.token_kl import token_kl_reference
+from irlfast.ops.token_stats import token_stats_reference
+
+
+class PolicyRefStats(NamedTuple):
+    """Statistics of each token under policy and reference, in nats, shaped as the labels.
+
+    float32, or float64 where the hidden states are. Ignored rows hold 0 and pass no gradient. All but ref_logprob are
+    differentiable, together, with respect to the policy.
+    """
+
+    logprob: Tensor
+    entropy: Tensor
+    lse: Tensor
+    ref_logprob: Tensor
+    reverse_kl: Tensor
+    forward_kl: Tensor
+
+
+def linear_policy_ref_stats_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> PolicyRefStats:
+    """The specification: whole logits of both in the statistics' type, then the references of the other ops."""
+    dtype = statistics_dtype(hidden.dtype)
+
+    def logits_of(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return torch.nn.functional.linear(x.to(dtype), w.to(dtype), None if b is None else b.to(dtype))
+
+    logits = logits_of(hidden, weight, bias)
+    ref_logits = logits_of(ref_hidden, ref_weight, ref_bias).detach()
+    scaling: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
+    stats = token_stats_reference(logits, labels, **scaling, ignore_index=ignore_index)
+    ref_stats = token_stats_reference(ref_logits, labels, **scaling, ignore_index=ignore_index)
+    ignored = labels == ignore_index
+    logits, ref_logits = (x.masked_fill(ignored.unsqueeze(-1), 0.0) for x in (logits, ref_logits))
+    reverse_kl, forward_kl = (
+        token_kl_reference(logits, ref_logits, kind=kind, **scaling) for kind in ("reverse", "forward")
+    )
+    return PolicyRefStats(*stats, ref_stats.logprob, reverse_kl, forward_kl)
+
+
+# hidden [N, D], ref_hidden [N, D'], labels int64 [N]; row_temperature, where given, replaces temperature, one a row,
+# contiguous in the statistics' type; softcap 0 means none. Besides the six statistics [N] the op returns running [9, N]
+# float64, what the gradient needs of each row.
+_ARGUMENTS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias, "
+    "Tensor labels, Tensor? row_temperature, float temperature, float softcap, int ignore_index, int chunk"
+)
+LIBRARY.define(f"linear_policy_ref_stats({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+LIBRARY.define(
+    f"linear_policy_ref_stats_backward({_ARGUMENTS}, Tensor running, Tensor? grad_logprob, Tensor? grad_entropy, "
+    "Tensor? grad_lse, Tensor? grad_reverse_kl, Tensor? grad_forward_kl, bool[3] needs) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _forward_cpu(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    labels: Tensor,
+    row_temperature: Tensor | None,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    chunk: int,
+) -> Outputs:
+    check_values(labels, weight.shape[0], ignore_index, row_temperature)
+    rows = Rows(labels.contiguous(), row_temperature, temperature, softcap, ref_hidden)
+    models = Models(weight, bias, ref_weight, ref_bias)
+    return forward_pair(CpuPairEpilogue(), hidden, models, rows, ignore_index, chunk)
+
+
+def _backward_cpu(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    labels: Tensor,
+    row_temperature: Tensor | None,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    chunk: int,
+    running: Tensor,
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_reverse_kl: Tensor | None,
+    grad_forward_kl: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = Rows(labels.contiguous(), row_temperature, temperature, softcap, ref_hidden)
+    models = Models(weight, bias, ref_weight, ref_bias)
+    upstream = Upstream(grad_logprob, grad_entropy, grad_lse, grad_reverse_kl, grad_forward_kl)
+    return backward_pair(CpuPairEpilogue(), hidden, models, rows, ignore_index, chunk, running, upstream, needs)
+
+
+def _forward_fake(hidden: Tensor, *rest: object) -> Outputs:
+    count = hidden.shape[0]
+    statistics = [hidden.new_empty((count,), dtype=statistics_dtype(hidden.dtype)) for _ in PolicyRefStats._fields]
+    return (*statistics, hidden.new_empty((RUNNING, count), dtype=torch.float64))  # type: ignore[return-value]
+
+
+def _backward_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    sources = (hidden, weight, hidden if bias is None else bias)
+    return tuple(  # type: ignore[return-value]
+        source.new_empty(source.shape) if needed else hidden.new_empty((0,))
+        for source, needed in zip(sources, rest[-1], strict=True)
+    )
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    *tensors, ctx.temperature, ctx.softcap, ctx.ignore_index, ctx.chunk = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[3], output[6])
+    ctx.save_for_backward(*tensors, output[6])
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, running = ctx.saved_tensors
+    options = (ctx.temperature, ctx.softcap, ctx.ignore_index, ctx.chunk)
+    grad_logprob, grad_entropy, grad_lse, _, grad_reverse_kl, grad_forward_kl, _ = grads
+    needs = [bool(needed) for needed in ctx.needs_input_grad[:3]]
+    gradients = torch.ops.irlfast.linear_policy_ref_stats_backward(
+        *tensors, *options, running, grad_logprob, grad_entropy, grad_lse, grad_reverse_kl, grad_forward_kl, needs
+    )
+    wanted = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
+    return (*wanted, *[None] * 9)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError(
+        "linear_policy_ref_stats: the fused kernel has no second derivative; use impl='reference' where a gradient of "
+        "the gradient is needed"
+    )
+
+
+_NAME = "irlfast::linear_policy_ref_stats"
+LIBRARY.impl("linear_policy_ref_stats", _forward_cpu, "CPU")
+LIBRARY.impl("linear_policy_ref_stats_backward", _backward_cpu, "CPU")
+torch.library.register_fake(_NAME, _forward_fake, lib=LIBRARY)
+torch.library.register_fake(f"{_NAME}_backward", _backward_fake, lib=LIBRARY)
+torch.library.register_autograd(_NAME, _backward, setup_context=_save_for_backward, lib=LIBRARY)
+torch.library.register_autograd(f"{_NAME}_backward", _no_second_derivative, lib=LIBRARY)
+
+
+def _run_native(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None,
+    ref_bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    ignore_index: int,
+    chunk: int,
+) -> PolicyRefStats:
+    shape = labels.shape
+    temperature, row_temperature = split_temperature(temperature, shape, hidden.dtype)
+    run: Callable[..., Outputs] = torch.ops.irlfast.linear_policy_ref_stats
+    *statistics, _ = run(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]),
+        ref_weight.detach(),
+        None if ref_bias is None else ref_bias.detach(),
+        labels.reshape(-1).long(),
+        row_temperature,
+        temperature,
+        softcap or 0.0,
+        ignore_index,
+        -(-chunk // CpuPairEpilogue.piece) * CpuPairEpilogue.piece,
+    )
+    return PolicyRefStats(*(t.view(shape) for t in statistics))
+
+
+def _run_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor,
+    chunk: int,
+    **options: Any,
+) -> PolicyRefStats:
+    """Whole logits: chunk has nothing to decide."""
+    if isinstance(temperature, Tensor):
+        temperature = temperature.expand(labels.shape)
+        if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_row_temperature(temperature)
+    return linear_policy_ref_stats_reference(
+        hidden, weight, ref_hidden, ref_weight, labels, temperature=temperature, **options
+    )
+
+
+IMPLEMENTATIONS = {
+    "cpu": Implementation(run=_run_native, unavailable=cpu_kernel_unavailable),
+    "cuda": not_in_this_release("CUDA"),
+    "triton": not_in_this_release("Triton"),
+    "reference": Implementation(run=_run_reference, unavailable=lambda tensor: None),
+}
+
+
+def linear_policy_ref_stats(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    ref_hidden: Tensor,  # (..., D')
+    ref_weight: Tensor,  # (V, D')
+    labels: Tensor,  # (...)
+    *,
+    bias: Tensor | None = None,  # (V)
+    ref_bias: Tensor | None = None,  # (V)
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    impl: str = "auto",
+    chunk: int = CHUNK,
+) -> PolicyRefStats:
+    """Log-prob, entropy and log-sum-exp of a policy, log-prob of a reference, and both KL divergences between them.
+
+    Args:
+        hidden: the policy's, [..., D], float32, float64, bfloat16 or float16. Under autocast, hidden states, weights
+            and biases are cast as torch.nn.functional.linear would have them.
+        weight: [V, D], the policy's output head in its hidden states' type.
+        ref_hidden: the reference's, [..., D'], of the same positions; another width and another type are allowed, but
+            float64 only where both are.
+        ref_weight: [V, D'], the reference's output head, over the same vocabulary.
+        labels: [...], integers in [0, V), or `ignore_index`.
+        bias, ref_bias: [V].
+        temperature: a positive number, or a tensor that broadcasts to [...] with one value per row; scales both. Not
+            differentiable.
+        softcap: c > 0 replaces each logit l of both by c tanh(l / c) before the temperature.
+        ignore_index: rows with this label give 0, no gradient, and cost no product.
+        impl: "auto", "reference", "cpu", "cuda" or "triton". The reference makes the logits whole.
+        chunk: columns of the vocabulary worked on at a time, rounded up to a multiple of 2048. What is summed per row
+            does not depend on it. Up to 16 MiB of logits of each model are worked on at a time.
+
+    Returns:
+        PolicyRefStats(logprob, entropy, lse, ref_logprob, reverse_kl, forward_kl), each [...], float32 (float64 for
+        float64 input). All but ref_logprob are differentiable together with respect to hidden, weight and bias, once;
+        the reference receives no gradient, whether it asks for one or not. Infinite and undefined divergences are as
+        in `token_kl`. A row that receives no gradient enters no product of backward and gets exactly 0.
+
+    Raises:
+        IndexError: a label is outside [0, V) and not `ignore_index` (on the CPU; on a GPU that row is NaN).
+        TypeError: dtypes that differ or are none of the above.
+        ValueError: shapes, devices, temperature, softcap or chunk.
+        RuntimeError: an `impl` that is not available here.
+    """
+    op = "linear_policy_ref_stats"
+    hidden, weight, bias = autocast(hidden, weight, bias)
+    ref_hidden, ref_weight, ref_bias = autocast(ref_hidden, ref_weight, ref_bias)
+    check_linear(op, hidden, weight, labels, bias, 0, chunk)
+    check_linear(f"{op}, of the reference", ref_hidden, ref_weight, labels, ref_bias, 0, chunk)
+    if ref_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"{op}: ref_weight has {ref_weight.shape[0]} tokens, weight {weight.shape[0]}; the divergence needs one "
+            "vocabulary"
+        )
+    if statistics_dtype(ref_hidden.dtype) != statistics_dtype(hidden.dtype):
+        raise TypeError(f"{op}: ref_hidden is {ref_hidden.dtype}, hidden {hidden.dtype}; only both may be float64")
+    check_scaling(op, temperature, softcap, labels.shape)
+    result: PolicyRefStats = select(op, IMPLEMENTATIONS, impl, hidden).run(
+        hidden,
+        weight,
+        ref_hidden,
+        ref_weight,
+        labels,
+        bias=bias,
+        ref_bias=ref_bias,
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        chunk=chunk,
+    )
+    return result

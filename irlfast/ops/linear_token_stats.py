@@ -1,0 +1,302 @@
+"""Per-token statistics straight from hidden states and the output head: the logits never exist whole.
+
+With logits l = X W^T + b [N, V] and z, logprob, entropy and lse as in `token_stats`, and dl their gradient:
+
+    dX = dl W,      dW = dl^T X,      db = sum_n dl_n
+
+The vocabulary is walked through in chunks: a product makes the logits of some columns in a reused buffer, and their
+online softmax is added to that of the columns before. In units of one N x V x D product, `mode` says what backward has:
+
+    recompute   the logits once more, chunk by chunk: 1 forward, 3 backward (2 with a frozen head), nothing kept
+    keep        the logits of forward, N x V of them: 1 forward, 2 backward (1 with a frozen head)
+    frozen      for a head that is not trained, E_n = sum_{v != y} p_v W_v, summed beside the statistics as an online
+                softmax: 2 forward, and then dX = (g (1 - p_y) + u p_y) W_y - (g - u) E, a scaling of rows. A gradient
+                of the entropy, where there is one, costs 2 more
+
+Rows with an ignored label take part in no product, rows that receive no gradient in no product of backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from irlfast.ops._dispatch import (
+    LIBRARY,
+    Implementation,
+    cpu_kernel_unavailable,
+    not_in_this_release,
+    select,
+    statistics_dtype,
+)
+from irlfast.ops._linear_cpu import CpuEpilogue, check_labels
+from irlfast.ops._linear_inputs import autocast, check_linear, expand_temperature, split_temperature
+from irlfast.ops._linear_modes import Outputs, backward_chunked, forward_chunked
+from irlfast.ops._scaling import check_scaling
+from irlfast.ops._token_stats_cpu import check_row_temperature
+from irlfast.ops.token_stats import TokenStats, token_stats_reference
+
+Mode = Literal["auto", "recompute", "keep", "frozen"]
+MODES: tuple[str, ...] = get_args(Mode)
+
+# Columns of the vocabulary worked on at a time: fewer make the products slower, more fall out of the caches.
+CHUNK = 2048
+
+
+def linear_token_stats_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> TokenStats:
+    """The specification of `linear_token_stats`: whole logits in the statistics' type, then `token_stats_reference`."""
+    dtype = statistics_dtype(hidden.dtype)
+    bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(hidden.device.type, enabled=False):  # whose product would round the logits
+        logits = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), bias)
+    return token_stats_reference(logits, labels, temperature=temperature, softcap=softcap, ignore_index=ignore_index)
+
+
+# hidden [N, D], labels int64 [N]; row_temperature, where given, replaces temperature, one a row, contiguous in the
+# statistics' type; softcap 0 means none. Besides logprob, entropy and lse [N] the op returns state [4, N], what the
+# gradient needs of each row, and what `mode` saves: kept logits [N * V], E [N, D], or nothing [0].
+LIBRARY.define(
+    "linear_token_stats(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? row_temperature, "
+    "float temperature, float softcap, int ignore_index, str mode, int chunk) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    "linear_token_stats_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? row_temperature, "
+    "float temperature, float softcap, int ignore_index, str mode, int chunk, Tensor state, Tensor saved, "
+    "Tensor? grad_logprob, Tensor? grad_entropy, Tensor? grad_lse, bool[3] needs) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _forward_cpu(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any) -> Outputs:
+    row_temperature, _, _, ignore_index, *_ = rest
+    check_labels(labels, weight.shape[0], ignore_index)
+    if row_temperature is not None:
+        check_row_temperature(row_temperature)
+    return forward_chunked(CpuEpilogue(), hidden, weight, bias, labels, *rest)
+
+
+def _backward_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return backward_chunked(CpuEpilogue(), *arguments)
+
+
+def _forward_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    row_temperature: Tensor | None,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    mode: str,
+    chunk: int,
+) -> Outputs:
+    dtype = statistics_dtype(hidden.dtype)
+    count, depth = hidden.shape
+    saved: tuple[int, ...] = (0,)
+    if mode == "keep":
+        saved = (count * weight.shape[0],)
+    elif mode == "frozen":
+        saved = (count, depth)
+    logprob, entropy, lse = (hidden.new_empty((count,), dtype=dtype) for _ in range(3))
+    return logprob, entropy, lse, hidden.new_empty((4, count), dtype=dtype), hidden.new_empty(saved, dtype=dtype)
+
+
+def _backward_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    needs = rest[-1]
+    sources = (hidden, weight, hidden if bias is None else bias)
+    return tuple(  # type: ignore[return-value]
+        source.new_empty(source.shape) if needed else hidden.new_empty((0,))
+        for source, needed in zip(sources, needs, strict=True)
+    )
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    hidden, weight, bias, labels, row_temperature, *ctx.options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.save_for_backward(hidden, weight, bias, labels, row_temperature, *output[3:])
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, labels, row_temperature, state, saved = ctx.saved_tensors
+    needs = [bool(needed) for needed in ctx.needs_input_grad[:3]]
+    gradients = torch.ops.irlfast.linear_token_stats_backward(
+        hidden, weight, bias, labels, row_temperature, *ctx.options, state, saved, *grads[:3], needs
+    )
+    wanted = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
+    return (*wanted, *[None] * 7)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError(
+        "linear_token_stats: the fused kernel has no second derivative; use impl='reference' where a gradient of the "
+        "gradient is needed"
+    )
+
+
+LIBRARY.impl("linear_token_stats", _forward_cpu, "CPU")
+LIBRARY.impl("linear_token_stats_backward", _backward_cpu, "CPU")
+torch.library.register_fake("irlfast::linear_token_stats", _forward_fake, lib=LIBRARY)
+torch.library.register_fake("irlfast::linear_token_stats_backward", _backward_fake, lib=LIBRARY)
+torch.library.register_autograd("irlfast::linear_token_stats", _backward, setup_context=_save_for_backward, lib=LIBRARY)
+torch.library.register_autograd("irlfast::linear_token_stats_backward", _no_second_derivative, lib=LIBRARY)
+
+
+def _run_native(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    ignore_index: int,
+    mode: str,
+    memory_budget: int,
+    chunk: int,
+) -> TokenStats:
+    shape = labels.shape
+    if not torch.compiler.is_compiling():  # where the op itself checks, which sees labels without their shape
+        check_labels(labels, weight.shape[0], ignore_index)
+    temperature, row_temperature = split_temperature(temperature, shape, hidden.dtype)
+    chunk = -(-chunk // CpuEpilogue.piece) * CpuEpilogue.piece
+    mode = resolve_mode(mode, hidden, weight, bias, labels.numel(), memory_budget)
+    run: Callable[..., Outputs] = torch.ops.irlfast.linear_token_stats
+    logprob, entropy, lse, _, _ = run(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        labels.reshape(-1).long(),
+        row_temperature,
+        temperature,
+        softcap or 0.0,
+        ignore_index,
+        mode,
+        chunk,
+    )
+    return TokenStats(logprob.view(shape), entropy.view(shape), lse.view(shape))
+
+
+def _run_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    ignore_index: int,
+    mode: str,
+    memory_budget: int,
+    chunk: int,
+) -> TokenStats:
+    """Whole logits: mode, memory_budget and chunk have nothing to decide."""
+    temperature = expand_temperature(temperature, labels.shape)
+    return linear_token_stats_reference(
+        hidden, weight, labels, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index
+    )
+
+
+IMPLEMENTATIONS = {
+    "cpu": Implementation(run=_run_native, unavailable=cpu_kernel_unavailable),
+    "cuda": not_in_this_release("CUDA"),
+    "triton": not_in_this_release("Triton"),
+    "reference": Implementation(run=_run_reference, unavailable=lambda tensor: None),
+}
+
+
+def resolve_mode(mode: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, count: int, memory_budget: int) -> str:
+    """The mode that "auto" stands for; ValueError where the one asked for cannot give a gradient that is needed."""
+    trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    if mode == "auto":
+        if not torch.is_grad_enabled() or not (hidden.requires_grad or trained):
+            return "recompute"
+        if not trained:
+            return "frozen"
+        nbytes = count * weight.shape[0] * statistics_dtype(hidden.dtype).itemsize
+        return "keep" if nbytes <= memory_budget else "recompute"
+    if mode == "frozen" and trained:
+        raise ValueError(
+            "linear_token_stats: mode='frozen' with a weight or bias that requires grad, for which it has no gradient; "
+            "use mode='auto', or weight.detach() for a head that is not trained"
+        )
+    return mode
+
+
+def linear_token_stats(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (...)
+    *,
+    bias: Tensor | None = None,  # (V)
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    impl: str = "auto",
+    mode: Mode = "auto",
+    memory_budget: int = 1 << 30,
+    chunk: int = CHUNK,
+) -> TokenStats:
+    """Log-prob of each label, entropy and log-sum-exp from hidden states and the output head.
+
+    Args:
+        hidden: [..., D], float32, float64, bfloat16 or float16. Under autocast, hidden, weight and bias are cast as
+            torch.nn.functional.linear would have them.
+        weight: [V, D], the output head in the hidden states' type.
+        labels: [...], integers in [0, V), or `ignore_index`.
+        bias: [V].
+        temperature: a positive number, or a tensor that broadcasts to [...] with one value per row. Not differentiable.
+        softcap: c > 0 replaces each logit l by c tanh(l / c) before the temperature (Gemma 2, arXiv 2408.00118).
+        ignore_index: rows with this label give 0, no gradient, and cost no product.
+        impl: "auto", "reference", "cpu", "cuda" or "triton". The reference makes the logits whole.
+        mode: "recompute", "keep" or "frozen", see above; only speed and memory differ. "auto" takes "frozen" where
+            neither weight nor bias is trained (if the loss has an entropy term, "keep" is as quick), otherwise "keep"
+            where the logits fit the budget, otherwise "recompute".
+        memory_budget: bytes that kept logits, 4 (float64: 8) for each row and token, may take under "auto".
+        chunk: columns of the vocabulary worked on at a time, rounded up to a multiple of 2048. What is summed per row
+            does not depend on it. Up to 16 MiB of logits are worked on at a time.
+
+    Returns:
+        TokenStats(logprob, entropy, lse), each [...], float32 (float64 for float64 input), differentiable together
+        with respect to hidden, weight and bias, once. Logits are not rounded to the hidden states' type; their
+        gradient is, where they are bfloat16 and the processor multiplies those (as it would be in eager). A row that
+        receives no gradient enters no product of backward and gets exactly 0, and so do its terms elsewhere.
+
+    Raises:
+        IndexError: a label is outside [0, V) and not `ignore_index` (on the CPU; on a GPU that row is NaN).
+        TypeError: dtypes that differ or are none of the above.
+        ValueError: shapes, devices, temperature, softcap, mode, memory_budget or chunk.
+        RuntimeError: an `impl` that is not available here.
+    """
+    op = "linear_token_stats"
+    hidden, weight, bias = autocast(hidden, weight, bias)
+    check_linear(op, hidden, weight, labels, bias, memory_budget, chunk)
+    check_scaling(op, temperature, softcap, labels.shape)
+    if mode not in MODES:
+        raise ValueError(f"{op}: mode={mode!r} is unknown; expected one of {', '.join(map(repr, MODES))}")
+    result: TokenStats = select(op, IMPLEMENTATIONS, impl, hidden).run(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        mode=mode,
+        memory_budget=memory_budget,
+        chunk=chunk,
+    )
+    return result
