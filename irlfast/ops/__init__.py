@@ -1,5 +1,6 @@
 """Differentiable statistics of token distributions and sequences. Each op is defined by its `X_reference`."""
 
+from irlfast.ops.gae import Gae, gae
 from irlfast.ops.importance import ImportanceWeights, importance_weights
 from irlfast.ops.kl_estimate import kl_estimate
 from irlfast.ops.linear_policy_ref_stats import (
@@ -15,10 +16,12 @@ from irlfast.ops.token_kl import token_kl, token_kl_reference
 from irlfast.ops.token_stats import TokenStats, token_logprobs, token_stats, token_stats_reference
 
 __all__ = [
+    "Gae",
     "ImportanceWeights",
     "PolicyRefStats",
     "PolicyTerms",
     "TokenStats",
+    "gae",
     "importance_weights",
     "kl_estimate",
     "linear_policy_ref_stats",
