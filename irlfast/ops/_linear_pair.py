@@ -105,7 +105,7 @@ def forward_pair(
     running = hidden.new_zeros((RUNNING, len(hidden)), dtype=torch.float64)
     running[0] = running[_REF_MAXIMUM] = -torch.inf
     scratch, ref_scratch = (hidden.new_empty(min(block, len(hidden)) * head.width, dtype=dtype) for _ in range(2))
-    for _, begin, end in head.chunks():
+    for begin, end in head.chunks():
         for which in blocks(len(hidden), block):
             part, x = rows.take(which), hidden[which]
             assert part.ref_hidden is not None

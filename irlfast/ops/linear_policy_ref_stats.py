@@ -35,8 +35,8 @@ from irlfast.ops._dispatch import (
     statistics_dtype,
 )
 from irlfast.ops._linear import Rows, Upstream
-from irlfast.ops._linear_cpu import check_values
-from irlfast.ops._linear_inputs import autocast, check_linear, split_temperature
+from irlfast.ops._linear_cpu import check_labels
+from irlfast.ops._linear_inputs import autocast, check_linear, expand_temperature, split_temperature
 from irlfast.ops._linear_pair import RUNNING, Models, Outputs, backward_pair, forward_pair
 from irlfast.ops._linear_pair_cpu import CpuPairEpilogue
 from irlfast.ops._scaling import check_scaling
@@ -121,7 +121,9 @@ def _forward_cpu(
     ignore_index: int,
     chunk: int,
 ) -> Outputs:
-    check_values(labels, weight.shape[0], ignore_index, row_temperature)
+    check_labels(labels, weight.shape[0], ignore_index)
+    if row_temperature is not None:
+        check_row_temperature(row_temperature)
     rows = Rows(labels.contiguous(), row_temperature, temperature, softcap, ref_hidden)
     models = Models(weight, bias, ref_weight, ref_bias)
     return forward_pair(CpuPairEpilogue(), hidden, models, rows, ignore_index, chunk)
@@ -249,10 +251,7 @@ def _run_reference(
     **options: Any,
 ) -> PolicyRefStats:
     """Whole logits: chunk has nothing to decide."""
-    if isinstance(temperature, Tensor):
-        temperature = temperature.expand(labels.shape)
-        if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_row_temperature(temperature)
+    temperature = expand_temperature(temperature, labels.shape)
     return linear_policy_ref_stats_reference(
         hidden, weight, ref_hidden, ref_weight, labels, temperature=temperature, **options
     )

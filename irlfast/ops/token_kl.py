@@ -36,10 +36,10 @@ from irlfast.ops._dispatch import (
     select,
     statistics_dtype,
 )
+from irlfast.ops._linear_inputs import expand_temperature
 from irlfast.ops._scaling import check_scaling
 from irlfast.ops._token_kl_cpu import STATE, backward_cpu, forward_cpu
 from irlfast.ops._token_stats_checks import check_inplace
-from irlfast.ops._token_stats_cpu import check_row_temperature
 
 Kind = Literal["reverse", "forward", "js"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -213,10 +213,7 @@ def _run_reference(
 ) -> Tensor:
     if inplace_backward:
         raise RuntimeError("token_kl: inplace_backward needs a fused kernel, and the reference is selected")
-    if isinstance(temperature, Tensor):
-        temperature = temperature.expand(logits.shape[:-1])
-        if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_row_temperature(temperature)
+    temperature = expand_temperature(temperature, logits.shape[:-1])
     return token_kl_reference(
         logits, ref_logits, kind=kind, temperature=temperature, softcap=softcap, js_weight=js_weight
     )
