@@ -177,8 +177,8 @@ class _ImportanceWeights(torch.autograd.Function):
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
     raise RuntimeError(
-        "importance_weights: the kernel has no second derivative; use impl='reference' where a gradient of the "
-        "gradient is needed"
+        "importance_weights has no second derivative; where a gradient of the gradient is needed, write the softmax of "
+        "each group's log ratios in plain torch"
     )
 
 
@@ -284,7 +284,7 @@ def importance_weights(
             (low, high). Trades bias for variance (truncated importance sampling, Ionides 2008). Without it, none.
         temper: exponent on the weights, at least 0: 1 leaves them, 0 makes them equal.
         differentiable: let gradients pass to log_target and log_proposal. By default everything is detached.
-            The CPU kernel differentiates once; impl="reference" any number of times.
+            There is no second derivative.
         impl: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:

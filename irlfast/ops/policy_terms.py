@@ -358,8 +358,8 @@ class _PolicyTerms(torch.autograd.Function):
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
     raise RuntimeError(
-        "policy_terms: the kernel has no second derivative; use impl='reference' where a gradient of the gradient is "
-        "needed"
+        "policy_terms: the kernel has no second derivative; use impl='reference', with padded input, where a gradient "
+        "of the gradient is needed"
     )
 
 
