@@ -20,6 +20,7 @@ soon as it is: the forward pass writes it, and backward scales it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -319,8 +320,24 @@ def backward_cpu(grad: Tensor, slopes: Tensor, logprobs: Tensor) -> Tensor:
     return slopes * grad
 
 
-_INPUTS = 25
-_ENTROPY = 7
+# Positions among the op's inputs.
+_ENTROPY, _INPUTS = 7, 25
+
+
+def _scale(grad: Tensor | None, saved: tuple[Tensor, Tensor, Tensor], wanted: tuple[bool, bool]) -> list[Tensor | None]:
+    """Gradients to logprobs and entropy from that of the loss; saved: logprobs, and the loss's slopes by both."""
+    grads: list[Tensor | None] = [None, None]
+    if grad is None:
+        return grads
+    logprobs, slopes, entropy_slopes = saved
+    if wanted[0]:
+        # With create_graph the registered op is called, whose own derivative says that there is none.
+        direct = not torch.is_grad_enabled() and runs_undispatched(grad)
+        run = backward_cpu if direct else torch.ops.irlfast.policy_terms_backward
+        grads[0] = run(grad, slopes, logprobs)
+    if wanted[1] and entropy_slopes.shape == slopes.shape:
+        grads[1] = entropy_slopes * grad  # linear: right to any order
+    return grads
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
@@ -331,29 +348,26 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> No
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     grads: list[Tensor | None] = [None] * _INPUTS
-    if grad is None:
-        return tuple(grads)
-    logprobs, slopes, entropy_slopes = ctx.saved_tensors
-    # With create_graph the registered op is called, whose own derivative says that there is none.
-    direct = runs_undispatched(grad) and not torch.is_grad_enabled()
-    run = backward_cpu if direct else torch.ops.irlfast.policy_terms_backward
-    if ctx.needs_input_grad[0]:
-        grads[0] = run(grad, slopes, logprobs)
-    if ctx.needs_input_grad[_ENTROPY] and entropy_slopes.shape == slopes.shape:
-        grads[_ENTROPY] = entropy_slopes * grad  # linear: right to any order
+    wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[_ENTROPY]
+    grads[0], grads[_ENTROPY] = _scale(grad, ctx.saved_tensors, wanted)
     return tuple(grads)
 
 
 class _PolicyTerms(torch.autograd.Function):
-    """The registered op without the dispatcher, whose Python calls cost as much as the kernel."""
+    """Ties what `forward_cpu` returned to the two tensors it is differentiable by.
+
+    The registered op without the dispatcher, and with none of its other inputs: either costs as much as the kernel.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Outputs:
-        output = forward_cpu(*inputs)
-        _save_for_backward(ctx, inputs, output)
-        return output
+    def forward(ctx: Any, logprobs: Tensor, entropy: Tensor | None, outputs: Outputs) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logprobs, outputs[2], outputs[3])
+        return outputs[0]
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *_scale(grad, ctx.saved_tensors, ctx.needs_input_grad[:2]), None
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
@@ -410,25 +424,29 @@ def _run_native(
     per_token = not _one_a_sequence(advantages, logprobs, cu_seqlens, term)
     dtype = _compute_dtype(logprobs, advantages, old_logprobs, ref_logprobs, rollout_logprobs, entropy)
     logprobs, advantages = logprobs.to(dtype), advantages.to(dtype)
-    old_logprobs, ref_logprobs, rollout_logprobs, entropy = (
-        None if x is None else x.to(dtype) for x in (old_logprobs, ref_logprobs, rollout_logprobs, entropy)
-    )
+    if old_logprobs is not None:
+        old_logprobs = old_logprobs.to(dtype)
+    if ref_logprobs is not None:
+        ref_logprobs = ref_logprobs.to(dtype)
+    if rollout_logprobs is not None:
+        rollout_logprobs = rollout_logprobs.to(dtype)
+    if entropy is not None:
+        entropy = entropy.to(dtype)
     if cu_seqlens is not None and not cu_seqlens.is_cpu:
         cu_seqlens = cu_seqlens.cpu()
     wanted = torch.is_grad_enabled() and (
         logprobs.requires_grad or (entropy is not None and entropy_coef != 0 and entropy.requires_grad)
     )
-    run: Any = torch.ops.irlfast.policy_terms
-    if runs_undispatched(logprobs):
-        run = _PolicyTerms.apply if wanted else forward_cpu
-    else:
+    direct = runs_undispatched(logprobs)
+    if not direct:
         advantages = advantages.detach()
         old_logprobs, ref_logprobs, rollout_logprobs = (
             None if x is None else x.detach() for x in (old_logprobs, ref_logprobs, rollout_logprobs)
         )
-    low, high = icepop_band or (0.0, 0.0)
     by_tensor = isinstance(denominator, Tensor)
-    loss, metrics, _, _ = run(
+    low, high = icepop_band or (0.0, 0.0)
+    run: Callable[..., Outputs] = forward_cpu if direct else torch.ops.irlfast.policy_terms
+    outputs = run(
         logprobs,
         advantages,
         mask,
@@ -442,8 +460,7 @@ def _run_native(
         0.0 if by_tensor or denominator is None else denominator,
         per_token,
         TERMS.index(term),
-        clip[0],
-        clip[1],
+        *clip,
         dual_clip or 0.0,
         kl_coef,
         ESTIMATORS.index(kl_estimator),
@@ -455,7 +472,8 @@ def _run_native(
         AGGREGATIONS.index(aggregation),
         wanted,
     )
-    return PolicyTerms(loss, metrics)
+    loss = _PolicyTerms.apply(logprobs, entropy, outputs) if direct and wanted else outputs[0]
+    return PolicyTerms(loss, outputs[1])
 
 
 IMPLEMENTATIONS = {
