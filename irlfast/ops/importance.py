@@ -91,9 +91,11 @@ def forward_cpu(
     log_target, log_proposal = log_target.contiguous(), log_proposal.contiguous()
     groups = None if groups is None else groups.contiguous()
     rows = log_target.shape[0]
-    weights = log_target.new_empty((rows,))
-    space = (rows if groups is not None else 1,)
-    log_normalizer, ess = log_target.new_empty(space), log_target.new_empty(space)
+    weights = torch.empty_like(log_target)
+    if groups is None:
+        log_normalizer, ess = log_target.new_empty((1,)), log_target.new_empty((1,))
+    else:
+        log_normalizer, ess = torch.empty_like(log_target), torch.empty_like(log_target)
     count = _native.importance_weights_forward(
         log_target.data_ptr(),
         log_proposal.data_ptr(),

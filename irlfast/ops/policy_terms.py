@@ -226,11 +226,13 @@ LIBRARY.define(
 )
 LIBRARY.define("policy_terms_backward(Tensor grad, Tensor slopes, Tensor logprobs) -> Tensor")
 
-# loss, metrics, and the loss's gradients to logprobs and to entropy, [0] where there is none.
+# loss, metrics, and the loss's gradients to logprobs and to entropy where they are wanted.
+Sweep = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+# An op returns tensors: [0] for those that are not wanted.
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def forward_cpu(
+def sweep_cpu(
     logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor | None,
@@ -258,7 +260,7 @@ def forward_cpu(
     with_gradient: bool,
     *,
     isa: str = "auto",
-) -> Outputs:
+) -> Sweep:
     """The native sweep. Floating-point tensors share float32 or float64; 0 stands for an option that is off."""
     if denominator is not None:
         divisor = float(denominator)
@@ -271,9 +273,9 @@ def forward_cpu(
     mask, mask_bytes, mask_floating = native_mask(mask)
     held, segments = native_segments(logprobs.shape, cu_seqlens)
     loss, metrics = logprobs.new_empty(()), logprobs.new_empty((len(METRICS),))
-    slopes = logprobs.new_empty(logprobs.shape if with_gradient else (0,))
+    slopes = torch.empty_like(logprobs) if with_gradient else None
     bonus = with_gradient and entropy is not None and entropy_coef != 0
-    entropy_slopes = logprobs.new_empty(logprobs.shape if bonus else (0,))
+    entropy_slopes = torch.empty_like(logprobs) if bonus else None
     _native.policy_terms(
         *segments,
         DTYPE_CODES[logprobs.dtype],
@@ -303,13 +305,25 @@ def forward_cpu(
         divisor,
         loss.data_ptr(),
         metrics.data_ptr(),
-        slopes.data_ptr() if with_gradient else 0,
-        entropy_slopes.data_ptr() if bonus else 0,
+        address(slopes),
+        address(entropy_slopes),
         torch.get_num_threads(),
         isa,
     )
     del held
     return loss, metrics, slopes, entropy_slopes
+
+
+def forward_cpu(logprobs: Tensor, *arguments: Any, isa: str = "auto") -> Outputs:
+    """`sweep_cpu` as the registered op has it."""
+    loss, metrics, slopes, entropy_slopes = sweep_cpu(logprobs, *arguments, isa=isa)
+    nothing = (0,)
+    return (
+        loss,
+        metrics,
+        logprobs.new_empty(nothing) if slopes is None else slopes,
+        logprobs.new_empty(nothing) if entropy_slopes is None else entropy_slopes,
+    )
 
 
 def backward_cpu(grad: Tensor, slopes: Tensor, logprobs: Tensor) -> Tensor:
@@ -324,7 +338,9 @@ def backward_cpu(grad: Tensor, slopes: Tensor, logprobs: Tensor) -> Tensor:
 _ENTROPY, _INPUTS = 7, 25
 
 
-def _scale(grad: Tensor | None, saved: tuple[Tensor, Tensor, Tensor], wanted: tuple[bool, bool]) -> list[Tensor | None]:
+def _scale(
+    grad: Tensor | None, saved: tuple[Tensor, Tensor, Tensor | None], wanted: tuple[bool, bool]
+) -> list[Tensor | None]:
     """Gradients to logprobs and entropy from that of the loss; saved: logprobs, and the loss's slopes by both."""
     grads: list[Tensor | None] = [None, None]
     if grad is None:
@@ -335,7 +351,7 @@ def _scale(grad: Tensor | None, saved: tuple[Tensor, Tensor, Tensor], wanted: tu
         direct = not torch.is_grad_enabled() and runs_undispatched(grad)
         run = backward_cpu if direct else torch.ops.irlfast.policy_terms_backward
         grads[0] = run(grad, slopes, logprobs)
-    if wanted[1] and entropy_slopes.shape == slopes.shape:
+    if wanted[1] and entropy_slopes is not None and entropy_slopes.shape == slopes.shape:
         grads[1] = entropy_slopes * grad  # linear: right to any order
     return grads
 
@@ -354,13 +370,13 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
 
 
 class _PolicyTerms(torch.autograd.Function):
-    """Ties what `forward_cpu` returned to the two tensors it is differentiable by.
+    """Ties what `sweep_cpu` returned to the two tensors it is differentiable by.
 
     The registered op without the dispatcher, and with none of its other inputs: either costs as much as the kernel.
     """
 
     @staticmethod
-    def forward(ctx: Any, logprobs: Tensor, entropy: Tensor | None, outputs: Outputs) -> Tensor:
+    def forward(ctx: Any, logprobs: Tensor, entropy: Tensor | None, outputs: Sweep) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logprobs, outputs[2], outputs[3])
         return outputs[0]
@@ -445,7 +461,7 @@ def _run_native(
         )
     by_tensor = isinstance(denominator, Tensor)
     low, high = icepop_band or (0.0, 0.0)
-    run: Callable[..., Outputs] = forward_cpu if direct else torch.ops.irlfast.policy_terms
+    run: Callable[..., Sweep] = sweep_cpu if direct else torch.ops.irlfast.policy_terms
     outputs = run(
         logprobs,
         advantages,
