@@ -1,4 +1,4 @@
-"""Advantages from rewards alone: each response against the others of its prompt.
+"""Advantages from rewards alone, each response against the others of its prompt; and rewards a token for `ops.gae`.
 
 Over one group of K rewards R_i with mean R-bar and standard deviation s:
 
@@ -8,6 +8,9 @@ Over one group of K rewards R_i with mean R-bar and standard deviation s:
 
 s divides by K - 1, as torch.std does. A group of one, or whose rewards are all equal, has advantage exactly 0: it says
 nothing about which response is better, and rounding noise over eps must not say it instead.
+
+`shaped_rewards` spreads a response's reward R over its tokens, less the KL penalty (k1, the estimator that belongs in a
+reward): r_t = -beta (old_t - ref_t), and R besides at the last unmasked token (Ouyang et al. 2022, InstructGPT).
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from irlfast.ops._segments import Groups, compute_dtype, require_floating
+from irlfast.ops._segments import Groups, Sequences, check_offsets_form, compute_dtype, require_floating
 
 AdvantageKind = Literal["grpo", "dr_grpo", "rloo"]
 ADVANTAGE_KINDS: tuple[str, ...] = get_args(AdvantageKind)
@@ -66,6 +69,65 @@ def group_advantages(
         centred = centred * (count / (count - 1).clamp(min=1))[by_group.index]
     constant = by_group.max(values) == -by_group.max(-values)
     return torch.where(constant[by_group.index], 0.0, centred).to(compute_dtype(rewards))
+
+
+def shaped_rewards(
+    rewards: Tensor,  # (B)
+    old_logprobs: Tensor,  # (B, T), or packed (N)
+    ref_logprobs: Tensor,  # shaped as old_logprobs
+    mask: Tensor | None = None,  # shaped as old_logprobs
+    *,
+    beta: float,
+    cu_seqlens: Tensor | None = None,  # (B + 1)
+) -> Tensor:  # shaped as old_logprobs
+    """Reward of each token: minus beta times its log-ratio to the reference, and the response's own at the last.
+
+    Over the unmasked tokens of a response they sum to R - beta (log pi_old(y|x) - log pi_ref(y|x)). A response without
+    one has nowhere to put R.
+
+    Args:
+        rewards: [B] one reward a response.
+        old_logprobs: [B, T] log-probs under the policy that sampled, or [N], packed, with `cu_seqlens`.
+        ref_logprobs: under the reference policy.
+        mask: non-zero on response tokens; None counts all. What stands elsewhere, NaN included, has no influence.
+        beta: weight of the penalty, at least 0.
+        cu_seqlens: [B + 1] integer offsets; response i is old_logprobs[cu_seqlens[i]:cu_seqlens[i + 1]].
+
+    Returns:
+        Shaped as old_logprobs, float32 (float64 where an input is), detached, computed in float64; 0 where masked.
+
+    Raises:
+        TypeError: a tensor that is not floating point, or offsets that are not integers.
+        ValueError: shapes or devices that do not fit, a negative beta, offsets that do not rise from 0 to N.
+    """
+    require_floating(rewards=rewards, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
+    if not beta >= 0:
+        raise ValueError(f"beta is {beta}; expected a number that is at least 0")
+    if cu_seqlens is not None:
+        check_offsets_form(cu_seqlens)
+    shape, device = old_logprobs.shape, old_logprobs.device
+    if len(shape) != (2 if cu_seqlens is None else 1):
+        layout = "padded [B, T]" if cu_seqlens is None else "packed [N], as cu_seqlens is given"
+        raise ValueError(f"old_logprobs has shape {tuple(shape)}; expected {layout}")
+    count = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    for name, values, expected in (
+        ("rewards", rewards, (count,)),
+        ("ref_logprobs", ref_logprobs, shape),
+        ("mask", mask, shape),
+    ):
+        if values is not None and values.shape != expected:
+            raise ValueError(f"{name} has shape {tuple(values.shape)}; expected {tuple(expected)}")
+        if values is not None and values.device != device:
+            raise ValueError(f"{name} is on {values.device}, old_logprobs on {device}; move one to the other")
+    real = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask.bool()
+    sequences = Sequences(old_logprobs, cu_seqlens)
+    # The last unmasked token is where the count of them, over the whole batch, first reaches what its response ends at.
+    seen = real.flatten().cumsum(0).view(shape)
+    last = real & (seen == sequences.spread(sequences.sum(real).cumsum(0)))
+    old, ref = old_logprobs.detach().double(), ref_logprobs.detach().double()
+    own = torch.where(last, sequences.spread(rewards.detach().double()), 0.0)
+    shaped = own - beta * torch.where(real, old - ref, 0.0)
+    return torch.where(real, shaped, 0.0).to(compute_dtype(rewards, old_logprobs, ref_logprobs))
 
 
 def whiten(x: Tensor, mask: Tensor | None = None, *, eps: float = 1e-8) -> Tensor:

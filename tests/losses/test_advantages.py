@@ -1,4 +1,4 @@
-"""losses.group_advantages and losses.whiten."""
+"""losses.group_advantages, losses.shaped_rewards and losses.whiten."""
 
 import math
 
@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from irlfast.losses import group_advantages, whiten
+from irlfast import ops
+from irlfast.losses import Gae, gae, group_advantages, shaped_rewards, whiten
 from irlfast.losses.advantages import ADVANTAGE_KINDS
 
 KINDS = pytest.mark.parametrize("kind", ADVANTAGE_KINDS)
@@ -120,3 +121,73 @@ def test_whiten_gradcheck_and_errors() -> None:
     assert torch.autograd.gradcheck(lambda v: whiten(v, mask), x)
     with pytest.raises(ValueError, match=r"mask has shape \(4,\); expected that of x, \(3, 4\)"):
         whiten(x, mask[0])
+
+
+def test_gae_is_the_op() -> None:
+    assert gae is ops.gae
+    assert Gae is ops.Gae
+
+
+# Response 0 ends in a hole of the mask; 1 is masked throughout; 2 has one token.
+SHAPED_MASK = torch.tensor([[0, 1, 0, 1, 0], [0, 0, 0, 0, 0], [0, 0, 1, 0, 0]])
+
+
+@pytest.mark.parametrize("garbage", [0.0, torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shaped_rewards_by_hand(garbage: float, dtype: torch.dtype) -> None:
+    real = SHAPED_MASK.bool()
+    old = torch.full((3, 5), garbage, dtype=dtype).masked_scatter(real, torch.tensor([-1.0, -2.0, -3.0], dtype=dtype))
+    ref = torch.full((3, 5), garbage, dtype=dtype).masked_scatter(real, torch.tensor([-2.0, -1.5, -3.0], dtype=dtype))
+    rewards = torch.tensor([5.0, 7.0, -1.0], dtype=dtype, requires_grad=True)
+    got = shaped_rewards(rewards, old, ref, SHAPED_MASK, beta=0.5)
+    want = [[0.0, -0.5, 0.0, 5.25, 0.0], [0.0] * 5, [0.0, 0.0, -1.0, 0.0, 0.0]]
+    assert got.dtype == dtype
+    assert not got.requires_grad
+    assert got.tolist() == want
+    for offsets in (torch.int32, torch.int64):
+        flat = [x.flatten() for x in (old, ref, SHAPED_MASK)]
+        cuts = torch.tensor([0, 5, 10, 15], dtype=offsets)
+        assert torch.equal(shaped_rewards(rewards, *flat, beta=0.5, cu_seqlens=cuts), got.flatten())
+
+
+def test_shaped_rewards_of_packed_responses_some_of_them_empty() -> None:
+    old, ref = torch.tensor([-1.0, -2.0, -3.0]), torch.zeros(3)
+    cuts = torch.tensor([0, 0, 2, 2, 3, 3])
+    got = shaped_rewards(torch.tensor([9.0, 1.0, 9.0, 2.0, 9.0]), old, ref, beta=1.0, cu_seqlens=cuts)
+    assert got.tolist() == [1.0, 3.0, 5.0]
+    assert shaped_rewards(torch.zeros(0), old[:0], ref[:0], beta=1.0, cu_seqlens=cuts[:1]).shape == (0,)
+    assert shaped_rewards(torch.zeros(2), torch.zeros(2, 0), torch.zeros(2, 0), beta=1.0).shape == (2, 0)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 2**16), beta=st.sampled_from([0.0, 0.1, 2.0]))
+def test_shaped_rewards_sum_to_the_penalised_reward(seed: int, beta: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    old, ref = (torch.randn(4, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+    rewards = torch.randn(4, generator=generator, dtype=torch.float64)
+    mask = torch.rand(4, 7, generator=generator) > 0.7
+    want = torch.where(mask.any(1), rewards, 0.0) - beta * ((old - ref) * mask).sum(1)
+    got = shaped_rewards(rewards, old, ref, mask, beta=beta)
+    torch.testing.assert_close(got.sum(1), want, rtol=1e-12, atol=1e-12)
+    # With gamma = lam = 1 the first token's return is all of them.
+    returns = gae(got, torch.zeros_like(got), mask, lam=1.0).returns
+    some = mask.any(1)
+    torch.testing.assert_close(returns[some, mask.int().argmax(1)[some]], want[some], rtol=1e-12, atol=1e-12)
+
+
+def test_shaped_rewards_errors() -> None:
+    zero, two = torch.zeros(2, 3), torch.zeros(2)
+    with pytest.raises(ValueError, match=r"beta is -1; expected a number that is at least 0"):
+        shaped_rewards(two, zero, zero, beta=-1)
+    with pytest.raises(ValueError, match=r"rewards has shape \(3,\); expected \(2,\)"):
+        shaped_rewards(torch.zeros(3), zero, zero, beta=0.1)
+    with pytest.raises(ValueError, match=r"ref_logprobs has shape \(3,\); expected \(2, 3\)"):
+        shaped_rewards(two, zero, zero[0], beta=0.1)
+    with pytest.raises(ValueError, match=r"mask has shape \(2,\); expected \(2, 3\)"):
+        shaped_rewards(two, zero, zero, two, beta=0.1)
+    with pytest.raises(ValueError, match=r"old_logprobs has shape \(3,\); expected padded \[B, T\]"):
+        shaped_rewards(two, zero[0], zero[0], beta=0.1)
+    with pytest.raises(ValueError, match="cu_seqlens runs from 0 to 2; expected from 0 to 3"):
+        shaped_rewards(two, zero[0], zero[0], beta=0.1, cu_seqlens=torch.tensor([0, 1, 2]))
+    with pytest.raises(TypeError, match=r"rewards has dtype torch.int64"):
+        shaped_rewards(two.long(), zero, zero, beta=0.1)
