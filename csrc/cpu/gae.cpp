@@ -38,7 +38,8 @@ void scan(const GaeInput& input, int64_t sequence, Real* advantages, Real* retur
 
 void gae(const GaeInput& input, void* advantages, void* returns, int threads) {
   const int64_t width = input.segments.tokens() / std::max<int64_t>(1, input.segments.count);
-  parallel_for(input.segments.count, width, threads, [&](int64_t i) {
+  // A token here waits for the one after it: as long as a few logits.
+  parallel_for(input.segments.count, task_grain(4 * width), threads, [&](int64_t i) {
     if (input.dtype == DType::kFloat64) {
       scan(input, i, static_cast<double*>(advantages), static_cast<double*>(returns));
     } else {

@@ -43,7 +43,8 @@ class Batch {
                            ? 1.0
                            : double(std::max<int64_t>(1, by_token ? tokens_ : answers_));
     denominator_ = options_.denominator != 0 ? options_.denominator : own;
-    parallel_for(segments.count, width, threads, [&](int64_t i) { accumulate(i); });
+    // A token takes as long as a few logits.
+    parallel_for(segments.count, task_grain(4 * width), threads, [&](int64_t i) { accumulate(i); });
     report();
   }
 

@@ -215,7 +215,8 @@ class Pass {
       const V less_one = exp_accurate<Real>(-held).less_one;
       kl = less_one + held;
       penalty = ratio * kl;
-      slope = ratio * ((held == d ? -less_one : V{}) + (moves ? kl : V{}));
+      // Where both move, kl - less_one is d: written so, the large parts of a small sum do not cancel.
+      slope = ratio * (held == d ? (moves ? d : -less_one) : (moves ? kl : V{}));
     }
     sum_[kSumKl] += kl;
     sum_[kSumPenalty] += penalty;
