@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -11,7 +12,6 @@
 #include "irlfast/bf16_product.h"
 #include "irlfast/dtype.h"
 #include "irlfast/gae.h"
-#include "irlfast/huge_pages.h"
 #include "irlfast/importance.h"
 #include "irlfast/isa.h"
 #include "irlfast/linear_policy_ref_stats.h"
@@ -20,6 +20,7 @@
 #include "irlfast/sequence.h"
 #include "irlfast/token_kl.h"
 #include "irlfast/token_stats.h"
+#include "irlfast/warm_memory.h"
 
 namespace py = pybind11;
 
@@ -401,8 +402,14 @@ void bf16_product(uintptr_t a, const std::tuple<int64_t, int64_t>& a_strides, ui
   irlfast::bf16_product(product, threads);
 }
 
-void advise_huge_pages(uintptr_t data, int64_t bytes) {
-  irlfast::advise_huge_pages(reinterpret_cast<void*>(data), bytes);
+std::unique_ptr<irlfast::WarmBlock> warm_block(int64_t bytes) {
+  if (bytes < 1) throw std::invalid_argument("a block of " + std::to_string(bytes) + " bytes; expected at least 1");
+  return std::make_unique<irlfast::WarmBlock>(bytes);
+}
+
+void set_warm_memory_limit(int64_t bytes) {
+  if (bytes < 0) throw std::invalid_argument("a limit of " + std::to_string(bytes) + " bytes; expected at least 0");
+  irlfast::set_warm_memory_limit(bytes);
 }
 
 // Sequences: offsets of address 0 mean rows of `width`.
@@ -587,8 +594,16 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
 
   m.def("build_info", &build_info,
         "What was compiled: version, compiler, instruction sets (built, usable here, selected), CUDA, sanitizers.");
-  m.def("advise_huge_pages", &advise_huge_pages, py::arg("data"), py::arg("bytes"),
-        "Ask for huge pages for the untouched whole pages inside a range.");
+  // No name in the module: all that Python does with one is to keep it.
+  py::class_<irlfast::WarmBlock>(py::handle(), "WarmBlock", py::buffer_protocol())
+      .def_buffer([](const irlfast::WarmBlock& block) {
+        return py::buffer_info(static_cast<uint8_t*>(block.data()), block.bytes());
+      });
+  m.def("warm_block", &warm_block, py::arg("bytes"),
+        "A buffer that keeps its pages when it is released, for the next of about its size.");
+  m.def("set_warm_memory_limit", &set_warm_memory_limit, py::arg("bytes"),
+        "How many bytes of released blocks are kept; what is beyond goes back to the system.");
+  m.def("warm_memory_held", &irlfast::warm_memory_held, "Bytes of released blocks that are kept now.");
   m.def("bf16_product_available", &irlfast::bf16_product_available,
         "Whether bf16_product was compiled and the processor has AVX512_BF16.");
   m.def("bf16_product", &bf16_product, py::arg("a"), py::arg("a_strides"), py::arg("b"), py::arg("b_strides"),

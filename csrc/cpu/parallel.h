@@ -28,13 +28,15 @@ struct Handover {
 #endif
 };
 
-// Calls task(i) for i in [0, count), in any order; a thread takes `grain` at a time, and more than that is shared out.
+// Calls task(i) for i in [0, count), in any order; a thread takes `grain` at a time, at least one, and more than that is
+// shared out.
 template <typename Task>
 IRLFAST_LOOP_OF_TASKS void parallel_for(int64_t count, int64_t grain, int threads, const Task& task) {
   if (threads <= 1 || count <= grain) {
     for (int64_t i = 0; i < count; ++i) task(i);
     return;
   }
+  if (grain < 1) grain = 1;  // the runtime would hand out nothing, for ever
   // Not in the caller's frame, which the team may not look at before it has taken over.
   static Handover begin, end;
   begin.give();

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from irlfast.memory import warm_empty
 from irlfast.ops._dispatch import statistics_dtype
 from irlfast.ops._linear import Epilogue, Gradients, Head, Rows, Upstream, finish, pull, sweep
 
@@ -35,7 +36,8 @@ def forward_chunked(
         x, rows = hidden[labelled], rows.take(labelled)
     kept = expected = None
     if mode == "keep":
-        kept = hidden.new_empty(count * weight.shape[0], dtype=dtype)
+        size = (count * weight.shape[0],)
+        kept = warm_empty(size, dtype) if hidden.device.type == "cpu" else hidden.new_empty(size, dtype=dtype)
     elif mode == "frozen":
         expected = hidden.new_empty((len(x), depth), dtype=dtype)
     running = sweep(x, head, rows, epilogue, weighted=True, kept=kept, expected=expected)

@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from irlfast import _native
+from irlfast.memory import WARM_FROM, warm_empty
 from irlfast.ops._dispatch import DTYPE_CODES, address, as_rows, row_layout, statistics_dtype
-
-# Two huge pages: below that there may be none inside.
-_HUGE_PAGES_FROM = 4 << 20
 
 # logprob, entropy, lse and what the gradient needs of each row, [3, rows].
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -156,12 +154,10 @@ def backward_cpu(
 
 
 def new_gradient(logits: Tensor) -> Tensor:
-    """A contiguous tensor like the logits, not yet written, on huge pages where it is large."""
-    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    nbytes = gradient.numel() * gradient.element_size()
-    if nbytes >= _HUGE_PAGES_FROM:
-        _native.advise_huge_pages(gradient.data_ptr(), nbytes)
-    return gradient
+    """A contiguous tensor like the logits, not yet written."""
+    if logits.numel() * logits.element_size() >= WARM_FROM:
+        return warm_empty(logits.shape, logits.dtype)
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def backward_over_logits(logits: Tensor, *arguments: Any) -> None:

@@ -91,9 +91,11 @@ def forward_cpu(
     log_target, log_proposal = log_target.contiguous(), log_proposal.contiguous()
     groups = None if groups is None else groups.contiguous()
     rows = log_target.shape[0]
-    weights = log_target.new_empty((rows,))
-    space = (rows if groups is not None else 1,)
-    log_normalizer, ess = log_target.new_empty(space), log_target.new_empty(space)
+    weights = torch.empty_like(log_target)
+    if groups is None:
+        log_normalizer, ess = log_target.new_empty((1,)), log_target.new_empty((1,))
+    else:
+        log_normalizer, ess = torch.empty_like(log_target), torch.empty_like(log_target)
     count = _native.importance_weights_forward(
         log_target.data_ptr(),
         log_proposal.data_ptr(),
@@ -177,8 +179,8 @@ class _ImportanceWeights(torch.autograd.Function):
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
     raise RuntimeError(
-        "importance_weights: the kernel has no second derivative; use impl='reference' where a gradient of the "
-        "gradient is needed"
+        "importance_weights has no second derivative; where a gradient of the gradient is needed, write the softmax of "
+        "each group's log ratios in plain torch"
     )
 
 
@@ -284,7 +286,7 @@ def importance_weights(
             (low, high). Trades bias for variance (truncated importance sampling, Ionides 2008). Without it, none.
         temper: exponent on the weights, at least 0: 1 leaves them, 0 makes them equal.
         differentiable: let gradients pass to log_target and log_proposal. By default everything is detached.
-            The CPU kernel differentiates once; impl="reference" any number of times.
+            There is no second derivative.
         impl: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:

@@ -20,6 +20,7 @@ soon as it is: the forward pass writes it, and backward scales it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -225,11 +226,13 @@ LIBRARY.define(
 )
 LIBRARY.define("policy_terms_backward(Tensor grad, Tensor slopes, Tensor logprobs) -> Tensor")
 
-# loss, metrics, and the loss's gradients to logprobs and to entropy, [0] where there is none.
+# loss, metrics, and the loss's gradients to logprobs and to entropy where they are wanted.
+Sweep = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+# An op returns tensors: [0] for those that are not wanted.
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def forward_cpu(
+def sweep_cpu(
     logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor | None,
@@ -257,7 +260,7 @@ def forward_cpu(
     with_gradient: bool,
     *,
     isa: str = "auto",
-) -> Outputs:
+) -> Sweep:
     """The native sweep. Floating-point tensors share float32 or float64; 0 stands for an option that is off."""
     if denominator is not None:
         divisor = float(denominator)
@@ -270,9 +273,9 @@ def forward_cpu(
     mask, mask_bytes, mask_floating = native_mask(mask)
     held, segments = native_segments(logprobs.shape, cu_seqlens)
     loss, metrics = logprobs.new_empty(()), logprobs.new_empty((len(METRICS),))
-    slopes = logprobs.new_empty(logprobs.shape if with_gradient else (0,))
+    slopes = torch.empty_like(logprobs) if with_gradient else None
     bonus = with_gradient and entropy is not None and entropy_coef != 0
-    entropy_slopes = logprobs.new_empty(logprobs.shape if bonus else (0,))
+    entropy_slopes = torch.empty_like(logprobs) if bonus else None
     _native.policy_terms(
         *segments,
         DTYPE_CODES[logprobs.dtype],
@@ -302,13 +305,25 @@ def forward_cpu(
         divisor,
         loss.data_ptr(),
         metrics.data_ptr(),
-        slopes.data_ptr() if with_gradient else 0,
-        entropy_slopes.data_ptr() if bonus else 0,
+        address(slopes),
+        address(entropy_slopes),
         torch.get_num_threads(),
         isa,
     )
     del held
     return loss, metrics, slopes, entropy_slopes
+
+
+def forward_cpu(logprobs: Tensor, *arguments: Any, isa: str = "auto") -> Outputs:
+    """`sweep_cpu` as the registered op has it."""
+    loss, metrics, slopes, entropy_slopes = sweep_cpu(logprobs, *arguments, isa=isa)
+    nothing = (0,)
+    return (
+        loss,
+        metrics,
+        logprobs.new_empty(nothing) if slopes is None else slopes,
+        logprobs.new_empty(nothing) if entropy_slopes is None else entropy_slopes,
+    )
 
 
 def backward_cpu(grad: Tensor, slopes: Tensor, logprobs: Tensor) -> Tensor:
@@ -319,8 +334,26 @@ def backward_cpu(grad: Tensor, slopes: Tensor, logprobs: Tensor) -> Tensor:
     return slopes * grad
 
 
-_INPUTS = 25
-_ENTROPY = 7
+# Positions among the op's inputs.
+_ENTROPY, _INPUTS = 7, 25
+
+
+def _scale(
+    grad: Tensor | None, saved: tuple[Tensor, Tensor, Tensor | None], wanted: tuple[bool, bool]
+) -> list[Tensor | None]:
+    """Gradients to logprobs and entropy from that of the loss; saved: logprobs, and the loss's slopes by both."""
+    grads: list[Tensor | None] = [None, None]
+    if grad is None:
+        return grads
+    logprobs, slopes, entropy_slopes = saved
+    if wanted[0]:
+        # With create_graph the registered op is called, whose own derivative says that there is none.
+        direct = not torch.is_grad_enabled() and runs_undispatched(grad)
+        run = backward_cpu if direct else torch.ops.irlfast.policy_terms_backward
+        grads[0] = run(grad, slopes, logprobs)
+    if wanted[1] and entropy_slopes is not None and entropy_slopes.shape == slopes.shape:
+        grads[1] = entropy_slopes * grad  # linear: right to any order
+    return grads
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
@@ -331,35 +364,32 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> No
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     grads: list[Tensor | None] = [None] * _INPUTS
-    if grad is None:
-        return tuple(grads)
-    logprobs, slopes, entropy_slopes = ctx.saved_tensors
-    # With create_graph the registered op is called, whose own derivative says that there is none.
-    direct = runs_undispatched(grad) and not torch.is_grad_enabled()
-    run = backward_cpu if direct else torch.ops.irlfast.policy_terms_backward
-    if ctx.needs_input_grad[0]:
-        grads[0] = run(grad, slopes, logprobs)
-    if ctx.needs_input_grad[_ENTROPY] and entropy_slopes.shape == slopes.shape:
-        grads[_ENTROPY] = entropy_slopes * grad  # linear: right to any order
+    wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[_ENTROPY]
+    grads[0], grads[_ENTROPY] = _scale(grad, ctx.saved_tensors, wanted)
     return tuple(grads)
 
 
 class _PolicyTerms(torch.autograd.Function):
-    """The registered op without the dispatcher, whose Python calls cost as much as the kernel."""
+    """Ties what `sweep_cpu` returned to the two tensors it is differentiable by.
+
+    The registered op without the dispatcher, and with none of its other inputs: either costs as much as the kernel.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Outputs:
-        output = forward_cpu(*inputs)
-        _save_for_backward(ctx, inputs, output)
-        return output
+    def forward(ctx: Any, logprobs: Tensor, entropy: Tensor | None, outputs: Sweep) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logprobs, outputs[2], outputs[3])
+        return outputs[0]
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *_scale(grad, ctx.saved_tensors, ctx.needs_input_grad[:2]), None
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
     raise RuntimeError(
-        "policy_terms: the kernel has no second derivative; use impl='reference' where a gradient of the gradient is "
-        "needed"
+        "policy_terms: the kernel has no second derivative; use impl='reference', with padded input, where a gradient "
+        "of the gradient is needed"
     )
 
 
@@ -410,25 +440,29 @@ def _run_native(
     per_token = not _one_a_sequence(advantages, logprobs, cu_seqlens, term)
     dtype = _compute_dtype(logprobs, advantages, old_logprobs, ref_logprobs, rollout_logprobs, entropy)
     logprobs, advantages = logprobs.to(dtype), advantages.to(dtype)
-    old_logprobs, ref_logprobs, rollout_logprobs, entropy = (
-        None if x is None else x.to(dtype) for x in (old_logprobs, ref_logprobs, rollout_logprobs, entropy)
-    )
+    if old_logprobs is not None:
+        old_logprobs = old_logprobs.to(dtype)
+    if ref_logprobs is not None:
+        ref_logprobs = ref_logprobs.to(dtype)
+    if rollout_logprobs is not None:
+        rollout_logprobs = rollout_logprobs.to(dtype)
+    if entropy is not None:
+        entropy = entropy.to(dtype)
     if cu_seqlens is not None and not cu_seqlens.is_cpu:
         cu_seqlens = cu_seqlens.cpu()
     wanted = torch.is_grad_enabled() and (
         logprobs.requires_grad or (entropy is not None and entropy_coef != 0 and entropy.requires_grad)
     )
-    run: Any = torch.ops.irlfast.policy_terms
-    if runs_undispatched(logprobs):
-        run = _PolicyTerms.apply if wanted else forward_cpu
-    else:
+    direct = runs_undispatched(logprobs)
+    if not direct:
         advantages = advantages.detach()
         old_logprobs, ref_logprobs, rollout_logprobs = (
             None if x is None else x.detach() for x in (old_logprobs, ref_logprobs, rollout_logprobs)
         )
-    low, high = icepop_band or (0.0, 0.0)
     by_tensor = isinstance(denominator, Tensor)
-    loss, metrics, _, _ = run(
+    low, high = icepop_band or (0.0, 0.0)
+    run: Callable[..., Sweep] = sweep_cpu if direct else torch.ops.irlfast.policy_terms
+    outputs = run(
         logprobs,
         advantages,
         mask,
@@ -442,8 +476,7 @@ def _run_native(
         0.0 if by_tensor or denominator is None else denominator,
         per_token,
         TERMS.index(term),
-        clip[0],
-        clip[1],
+        *clip,
         dual_clip or 0.0,
         kl_coef,
         ESTIMATORS.index(kl_estimator),
@@ -455,7 +488,8 @@ def _run_native(
         AGGREGATIONS.index(aggregation),
         wanted,
     )
-    return PolicyTerms(loss, metrics)
+    loss = _PolicyTerms.apply(logprobs, entropy, outputs) if direct and wanted else outputs[0]
+    return PolicyTerms(loss, outputs[1])
 
 
 IMPLEMENTATIONS = {

@@ -177,3 +177,99 @@ def test_errors() -> None:
         importance_weights(zero, zero, clip=math.nan)
     with pytest.raises(ValueError, match=r"temper is -0\.5; expected a finite exponent of at least 0"):
         importance_weights(zero, zero, temper=-0.5)
+
+
+@pytest.mark.parametrize("clip", [None, 0.7, (-0.4, 1.5)])
+@pytest.mark.parametrize("temper", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_kernel_and_vectorised_reference_agree_in_value_and_gradient(
+    dtype: torch.dtype, temper: float, clip: float | tuple[float, float] | None
+) -> None:
+    """Every output has its own upstream gradient, an impossible sample and a group of nothing else among them."""
+    torch.manual_seed(0)
+    groups = torch.randint(-3, 5, (200,))
+    groups[:2] = 77  # both impossible
+    base = torch.randn(200, dtype=dtype) * 2
+    base[[0, 1, 30]] = -torch.inf
+    proposal = torch.randn(200, dtype=dtype)
+    upstream = None
+    results = []
+    for impl in ("cpu", "reference"):
+        leaves = [base.clone().requires_grad_(), proposal.clone().requires_grad_()]
+        outputs = importance_weights(*leaves, groups=groups, clip=clip, temper=temper, differentiable=True, impl=impl)
+        upstream = upstream or [torch.randn_like(x) for x in outputs]
+        upstream[1][-1] = 0.0  # log Z of the impossible group is -inf
+        results.append([*outputs, *torch.autograd.grad(outputs, leaves, upstream)])
+    tolerance = 1e-11 if dtype == torch.float64 else 2e-6
+    for mine, plain in zip(*results, strict=True):
+        assert mine.dtype == dtype
+        torch.testing.assert_close(mine, plain, rtol=tolerance, atol=tolerance)
+
+
+def test_one_upstream_gradient_alone() -> None:
+    """The others are then absent, not zeros: each was once taken to be there."""
+    torch.manual_seed(0)
+    groups = torch.tensor([0, 1, 0, 1, 1])
+    log_target = torch.randn(5, dtype=torch.float64)
+    for name in ("weights", "log_normalizer", "ess"):
+        gradients = []
+        for impl in ("cpu", "reference"):
+            leaf = log_target.clone().requires_grad_()
+            result = importance_weights(
+                leaf, torch.zeros(5), groups=groups, clip=0.8, temper=0.7, differentiable=True, impl=impl
+            )
+            gradients.append(torch.autograd.grad(getattr(result, name).square().sum(), leaf)[0])
+        torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("with_groups", [False, True])
+def test_opcheck(with_groups: bool, grad: bool) -> None:
+    log_target, log_proposal = torch.randn(6).requires_grad_(grad), torch.randn(6)
+    groups = torch.tensor([4, 1, 4, 4, 1, 0]) if with_groups else None
+    torch.library.opcheck(
+        torch.ops.irlfast.importance_weights.default, (log_target, log_proposal, groups, -1.0, 2.0, 0.5)
+    )
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_compiles_without_a_break(differentiable: bool) -> None:
+    log_target, log_proposal = torch.randn(6), torch.randn(6)
+    compiled = torch.compile(importance_weights, fullgraph=True, backend="aot_eager")
+    arguments = {"clip": 1.0, "differentiable": differentiable}
+    for mine, plain in zip(
+        compiled(log_target, log_proposal, **arguments),
+        importance_weights(log_target, log_proposal, **arguments),
+        strict=True,
+    ):
+        assert torch.equal(mine, plain)
+
+
+def test_compiles_with_groups_where_sizes_may_depend_on_data() -> None:
+    """How many groups there are, only the data can tell: the setting is the one torch has for that."""
+    log_target, log_proposal, groups = torch.randn(6), torch.randn(6), torch.tensor([4, 1, 4, 4, 1, 0])
+    compiled = torch.compile(importance_weights, fullgraph=True, backend="aot_eager")
+    want = importance_weights(log_target, log_proposal, groups=groups)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        got = compiled(log_target, log_proposal, groups=groups)
+    assert all(map(torch.equal, got, want))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    leaf = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    ess = importance_weights(leaf, torch.zeros(4), differentiable=True).ess
+    (gradient,) = torch.autograd.grad(ess, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="importance_weights has no second derivative; where"):
+        gradient.sum().backward()
+
+
+def test_scattered_memory_and_narrow_types() -> None:
+    torch.manual_seed(0)
+    log_target, log_proposal = torch.randn(2, 10), torch.randn(2, 10)
+    groups = torch.randint(0, 3, (2, 5))
+    want = importance_weights(log_target[0, ::2].clone(), log_proposal[1, ::2].clone(), groups=groups[0])
+    got = importance_weights(log_target[0, ::2], log_proposal[1, ::2], groups=groups[0].to(torch.uint8))
+    assert all(map(torch.equal, got, want))
+    half = importance_weights(log_target[0].bfloat16(), log_proposal[0].half())
+    assert {x.dtype for x in half} == {torch.float32}
+    assert {x.dtype for x in importance_weights(log_target[0].double(), log_proposal[0])} == {torch.float64}

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from irlfast import _native
 from irlfast.ops import sequence_logprobs
-from irlfast.ops.sequence import sequence_logprobs_reference
+from irlfast.ops.sequence import backward_cpu, forward_cpu, sequence_logprobs_reference
 
 
 def _ragged(lengths: list[int], seed: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -120,3 +121,103 @@ def test_errors() -> None:
         sequence_logprobs(torch.zeros(2, 2), reduction="max")
     with pytest.raises(TypeError, match=r"logprobs has dtype torch.int64"):
         sequence_logprobs(torch.zeros(2, 2, dtype=torch.int64))
+
+
+ISAS = _native.build_info()["isas_usable"]
+MASK_DTYPES = [
+    torch.bool,
+    torch.uint8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.float32,
+    torch.float64,
+]
+
+
+# 1024 and 1025: a whole block of the widest float vectors, and one token more; 64 +- 1: its unrolled step.
+@pytest.mark.parametrize("length", [1, 15, 16, 63, 64, 65, 1024, 1025, 2100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set_and_dtype(isa: str, dtype: torch.dtype, length: int) -> None:
+    torch.manual_seed(length)
+    logprobs = (-torch.rand(3, length, dtype=torch.float64) * 8).to(dtype)
+    mask = torch.rand(3, length) > 0.3
+    for mean in (False, True):
+        got = forward_cpu(logprobs, mask, None, mean, isa=isa)
+        reduction = "mean" if mean else "sum"
+        want = sequence_logprobs_reference(logprobs.double(), mask, reduction=reduction)
+        tolerance = 1e-14 if dtype == torch.float64 else 1.2e-7  # sums in float64, rounded once
+        torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=1e-14)
+        upstream = torch.randn(3, dtype=got.dtype)
+        gradient = backward_cpu(upstream, mask, None, mean, logprobs.shape, dtype, isa=isa)
+        share = upstream / mask.sum(1).clamp(min=1) if mean else upstream
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(gradient, torch.where(mask, share[:, None], 0.0).to(dtype), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("dtype", MASK_DTYPES, ids=str)
+def test_a_mask_may_have_any_dtype(dtype: torch.dtype) -> None:
+    logprobs = torch.randn(3, 1100)
+    mask = torch.rand(3, 1100) > 0.5
+    words = torch.where(mask, 0.25, -0.0).to(dtype) if dtype.is_floating_point else mask.to(dtype) * 64
+    assert torch.equal(
+        sequence_logprobs(logprobs, words, reduction="mean"), sequence_logprobs(logprobs, mask, reduction="mean")
+    )
+
+
+def test_thread_count_layout_and_neighbours_do_not_matter() -> None:
+    torch.manual_seed(0)
+    logprobs, mask = torch.randn(300, 700), torch.rand(300, 700) > 0.3
+    want = sequence_logprobs(logprobs, mask)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(sequence_logprobs(logprobs, mask), want)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(sequence_logprobs(logprobs.t().contiguous().t(), mask.t().contiguous().t()), want)
+    assert torch.equal(sequence_logprobs(logprobs[7:9], mask[7:9]), want[7:9])
+    wide = torch.nn.functional.pad(logprobs, (0, 333), value=torch.nan)
+    assert torch.equal(sequence_logprobs(wide, torch.nn.functional.pad(mask, (0, 333))), want)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_second_derivative(impl: str) -> None:
+    """The op is linear, so that of its square is exact."""
+    mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
+    logprobs = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(
+        lambda x: sequence_logprobs(x, mask, reduction="mean", impl=impl).square(), logprobs
+    )
+
+
+@pytest.mark.parametrize("offsets", [None, torch.tensor([0, 2, 2, 6]), torch.tensor([0, 2, 2, 6], dtype=torch.int32)])
+@pytest.mark.parametrize("grad", [False, True])
+def test_opcheck(grad: bool, offsets: Tensor | None) -> None:
+    logprobs = torch.randn(6) if offsets is not None else torch.randn(2, 3)
+    mask = torch.rand(logprobs.shape) > 0.3
+    arguments = (logprobs.requires_grad_(grad), mask, offsets, True)
+    torch.library.opcheck(torch.ops.irlfast.sequence_logprobs.default, arguments)
+
+
+def test_compiled_gradient_without_a_break() -> None:
+    logprobs, mask, packed, offsets = _ragged([3, 0, 5], seed=0)
+
+    def loss(values: Tensor, mask: Tensor | None, offsets: Tensor | None) -> Tensor:
+        return sequence_logprobs(values, mask, cu_seqlens=offsets, reduction="mean").square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for values, m, o in ((logprobs, mask, None), (packed, None, offsets)):
+        leaf = values.detach().requires_grad_()
+        (want,) = torch.autograd.grad(loss(leaf, m, o), leaf)
+        (got,) = torch.autograd.grad(compiled(leaf, m, o), leaf)
+        assert torch.equal(got, want)
+
+
+def test_an_unknown_implementation_is_refused() -> None:
+    with pytest.raises(ValueError, match="impl='gpu' is unknown"):
+        sequence_logprobs(torch.zeros(1, 1), impl="gpu")
+    with pytest.raises(RuntimeError, match="impl='triton' is not available"):
+        sequence_logprobs(torch.zeros(1, 1), impl="triton")

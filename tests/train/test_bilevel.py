@@ -133,13 +133,16 @@ def test_equal_prompts_form_one_group(make_trainer: Make, small_config: BiLevelC
 
 POLICY_KEYS = {
     *("loss", "policy", "entropy", "grad_norm", "lr", "return", "reward_served", "sampler_logprob", "length"),
-    *("rollout_gap", "rollout_gap_max"),
+    *("rollout_gap", "rollout_gap_max", "rollout_kl", "tokens", "sequences"),
 }
 REWARD_KEYS = {
     *("loss", "expert_reward", "sample_reward", "margin", "auc", "log_normalizer", "ess", "ess_relative"),
     *("max_abs_reward", "grad_norm", "lr"),
 }
-PPO_KEYS = {"clip_fraction", "approx_kl", "ratio_min", "ratio_max"}
+PPO_KEYS = {
+    *("clip_fraction", "clip_fraction_low", "clip_fraction_high", "approx_kl"),
+    *("ratio_mean", "ratio_min", "ratio_max", "ess"),
+}
 
 
 @pytest.mark.parametrize("kind", ["reinforce", "ppo"])
