@@ -57,6 +57,7 @@ struct Group {
 // Calls visit(number, rows, count) for each group by rising id, its rows in their own order wherever others' stand.
 template <typename Visit>
 int64_t for_each_group(const ImportanceInput& input, const Visit& visit) {
+  if (input.rows == 0) return 0;
   std::vector<int64_t> order(static_cast<size_t>(input.rows));
   std::iota(order.begin(), order.end(), int64_t(0));
   const int64_t* ids = input.groups;

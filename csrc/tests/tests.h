@@ -4,3 +4,4 @@
 int bf16_product_failures(int& cases);
 int linear_token_stats_failures(int& cases);
 int pair_failures(int& cases);
+int segments_failures(int& cases);

@@ -210,8 +210,8 @@ int main() {
       if (dtype == 0) run({DType(dtype), isa, 1, rows, vocab, 0, 1, 0.0, false, false, false, 2}, random);
     }
   }
-  const int failures =
-      expect.failures() + bf16_product_failures(cases) + linear_token_stats_failures(cases) + pair_failures(cases);
+  const int failures = expect.failures() + bf16_product_failures(cases) + linear_token_stats_failures(cases) +
+                       pair_failures(cases) + segments_failures(cases);
   std::printf("%d cases, %d failures\n", cases, failures);
   return failures == 0 ? 0 : 1;
 }

@@ -25,7 +25,8 @@ struct ImportanceOutput {
   void* ess = nullptr;
 };
 
-// The number of groups; or -(i + 1) where log_target[i] - log_proposal[i] is NaN or +inf, and nothing is written.
+// The number of groups, 0 without rows; or -(i + 1) where log_target[i] - log_proposal[i] is NaN or +inf, and nothing
+// is written.
 int64_t importance_weights_forward(const ImportanceInput& input, const ImportanceOutput& output);
 
 // Upstream gradients as the outputs, null for zero; writes the gradient to log_target, whose negative is
