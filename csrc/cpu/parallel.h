@@ -28,8 +28,8 @@ struct Handover {
 #endif
 };
 
-// Calls task(i) for i in [0, count), in any order; a thread takes `grain` at a time, at least one, and more than that is
-// shared out.
+// Calls task(i) for i in [0, count), in any order; a thread takes `grain` at a time, at least one, and more than that
+// is shared out.
 template <typename Task>
 IRLFAST_LOOP_OF_TASKS void parallel_for(int64_t count, int64_t grain, int threads, const Task& task) {
   if (threads <= 1 || count <= grain) {
