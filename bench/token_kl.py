@@ -109,7 +109,7 @@ def passes(case: Case) -> Iterator[Pass]:
         name="forward",
         contenders=[
             *(Contender(name=n, family=family, run=_forward(form, logits, ref_logits)) for n, family, form in forms),
-            *bandwidth_ceilings("read", "copy", nbytes=2 * nbytes),
+            *bandwidth_ceilings("read", "copy", data=[logits, ref_logits]),
         ],
         bars={OURS: [*bars, Bar(kind="error", against="kl", limit=LARGEST_ERROR)]},
         truth=[forward_truth(logits, ref_logits, kind)],

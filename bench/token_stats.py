@@ -118,7 +118,7 @@ def passes(case: Case) -> Iterator[Pass]:
         name="forward",
         contenders=[
             *(Contender(name=n, family=family, run=_forward(form, logits, labels)) for n, family, form in forms),
-            *([] if small else bandwidth_ceilings("read", "copy", nbytes=nbytes)),
+            *([] if small else bandwidth_ceilings("read", "copy", data=[logits])),
         ],
         bars={OURS: forward_bars},
         truth=forward_truth(logits, labels, outputs),
@@ -159,7 +159,7 @@ def passes(case: Case) -> Iterator[Pass]:
             name="backward in place",
             contenders=[
                 _backward_in_place(case.work, logits, labels, upstream),
-                *bandwidth_ceilings("update", nbytes=nbytes),
+                *bandwidth_ceilings("update", data=[logits]),
             ],
             bars={IN_PLACE: share},
             truth=[truth],

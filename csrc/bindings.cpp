@@ -483,26 +483,29 @@ irlfast::ImportanceInput parse_importance(uintptr_t log_target, uintptr_t log_pr
 
 int64_t importance_weights_forward(uintptr_t log_target, uintptr_t log_proposal, int dtype, int64_t rows,
                                    uintptr_t groups, double clip_low, double clip_high, double temper,
-                                   uintptr_t weights, uintptr_t log_normalizer, uintptr_t ess) {
+                                   uintptr_t weights, uintptr_t log_normalizer, uintptr_t ess, int threads,
+                                   const std::string& isa) {
   const irlfast::ImportanceInput input =
       parse_importance(log_target, log_proposal, dtype, rows, groups, clip_low, clip_high, temper);
+  const irlfast::Isa selected = parse_isa(isa);
   const irlfast::ImportanceOutput output{pointer<void>(weights, "weights"),
                                          pointer<void>(log_normalizer, "log_normalizer"), pointer<void>(ess, "ess")};
   py::gil_scoped_release release;
-  return irlfast::importance_weights_forward(input, output);
+  return irlfast::importance_weights_forward(input, output, threads, selected);
 }
 
 void importance_weights_backward(uintptr_t log_target, uintptr_t log_proposal, int dtype, int64_t rows,
                                  uintptr_t groups, double clip_low, double clip_high, double temper,
                                  uintptr_t grad_weights, uintptr_t grad_log_normalizer, uintptr_t grad_ess,
-                                 uintptr_t gradient) {
+                                 uintptr_t gradient, int threads, const std::string& isa) {
   const irlfast::ImportanceInput input =
       parse_importance(log_target, log_proposal, dtype, rows, groups, clip_low, clip_high, temper);
+  const irlfast::Isa selected = parse_isa(isa);
   void* result = pointer<void>(gradient, "gradient");
   py::gil_scoped_release release;
   irlfast::importance_weights_backward(input, reinterpret_cast<const void*>(grad_weights),
                                        reinterpret_cast<const void*>(grad_log_normalizer),
-                                       reinterpret_cast<const void*>(grad_ess), result);
+                                       reinterpret_cast<const void*>(grad_ess), result, threads, selected);
 }
 
 void gae(int64_t count, int64_t width, uintptr_t offsets, bool wide_offsets, uintptr_t rewards, uintptr_t values,
@@ -653,12 +656,13 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
         py::arg("isa"), "Write the gradient of every token.");
   m.def("importance_weights_forward", &importance_weights_forward, py::arg("log_target"), py::arg("log_proposal"),
         py::arg("dtype"), py::arg("rows"), py::arg("groups"), py::arg("clip_low"), py::arg("clip_high"),
-        py::arg("temper"), py::arg("weights"), py::arg("log_normalizer"), py::arg("ess"),
+        py::arg("temper"), py::arg("weights"), py::arg("log_normalizer"), py::arg("ess"), py::arg("threads"),
+        py::arg("isa"),
         "Write weights, normalisers and ESS; the number of groups, or -(i + 1) where row i is no log weight.");
   m.def("importance_weights_backward", &importance_weights_backward, py::arg("log_target"), py::arg("log_proposal"),
         py::arg("dtype"), py::arg("rows"), py::arg("groups"), py::arg("clip_low"), py::arg("clip_high"),
         py::arg("temper"), py::arg("grad_weights"), py::arg("grad_log_normalizer"), py::arg("grad_ess"),
-        py::arg("gradient"), "Write the gradient to log_target.");
+        py::arg("gradient"), py::arg("threads"), py::arg("isa"), "Write the gradient to log_target.");
   m.def("gae", &gae, py::arg("count"), py::arg("width"), py::arg("offsets"), py::arg("wide_offsets"),
         py::arg("rewards"), py::arg("values"), py::arg("last_values"), py::arg("dtype"), py::arg("mask"),
         py::arg("mask_bytes"), py::arg("mask_floating"), py::arg("gamma"), py::arg("lam"), py::arg("advantages"),

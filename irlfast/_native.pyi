@@ -166,6 +166,8 @@ def importance_weights_forward(
     weights: int,
     log_normalizer: int,
     ess: int,
+    threads: int,
+    isa: str,
 ) -> int: ...
 def importance_weights_backward(
     log_target: int,
@@ -180,6 +182,8 @@ def importance_weights_backward(
     grad_log_normalizer: int,
     grad_ess: int,
     gradient: int,
+    threads: int,
+    isa: str,
 ) -> None: ...
 def gae(
     count: int,

@@ -227,15 +227,15 @@ ExactWeights exact_weights(const std::vector<Real>& log_ratio, const std::vector
 
 // The gradient is compared with differences of the sum of the outputs, each times its upstream.
 template <typename T>
-void run_importance(int64_t rows, bool grouped, int variant, std::mt19937& random) {
+void run_importance(Isa isa, int64_t rows, int64_t spacing, int variant, int threads, std::mt19937& random) {
   const size_t n = size_t(rows);
   std::normal_distribution<double> normal;
   std::vector<T> target(n), proposal(n), weights(n), log_normalizer(n), ess(n), gradient(n), up(n);
   std::vector<int64_t> ids(n, 0);
   std::vector<Real> log_ratio(n);
   for (size_t k = 0; k < n; ++k) {
-    ids[k] = grouped ? int64_t(random() % 5) - 2 : 0;
-    target[k] = ids[k] == 1 || random() % 8 == 0 ? T(-INFINITY) : T(normal(random));
+    ids[k] = (int64_t(random() % 5) - 2) * spacing;
+    target[k] = (spacing != 0 && ids[k] == spacing) || random() % 8 == 0 ? T(-INFINITY) : T(normal(random));
     proposal[k] = T(normal(random));
     up[k] = T(normal(random));
     log_ratio[k] = Real(target[k]) - Real(proposal[k]);
@@ -245,7 +245,7 @@ void run_importance(int64_t rows, bool grouped, int variant, std::mt19937& rando
   input.log_proposal = proposal.data();
   input.dtype = kTypeOf<T>;
   input.rows = rows;
-  input.groups = grouped ? ids.data() : nullptr;
+  input.groups = spacing != 0 ? ids.data() : nullptr;
   input.clip_low = variant & 1 ? -1.0 : -INFINITY;
   input.clip_high = variant & 1 ? 0.5 : INFINITY;
   input.temper = variant & 2 ? 0.75 : 1.0;
@@ -254,7 +254,7 @@ void run_importance(int64_t rows, bool grouped, int variant, std::mt19937& rando
   };
   const ExactWeights exact = outputs_of(log_ratio);
   const int64_t groups =
-      irlfast::importance_weights_forward(input, {weights.data(), log_normalizer.data(), ess.data()});
+      irlfast::importance_weights_forward(input, {weights.data(), log_normalizer.data(), ess.data()}, threads, isa);
   const std::string name = "importance_weights " + std::to_string(rows) + " rows, variant " + std::to_string(variant);
   expect(groups == int64_t(exact.ess.size()), name + " number of groups");
   for (size_t k = 0; k < n; ++k) expect_close(weights[k], exact.weights[k], kTolerance<T>, name);
@@ -265,7 +265,7 @@ void run_importance(int64_t rows, bool grouped, int variant, std::mt19937& rando
   }
   for (int given = 0; given < 8; ++given) {
     irlfast::importance_weights_backward(input, given & 1 ? up.data() : nullptr, given & 2 ? up.data() : nullptr,
-                                         given & 4 ? up.data() : nullptr, gradient.data());
+                                         given & 4 ? up.data() : nullptr, gradient.data(), threads, isa);
     const auto objective = [&](size_t row, Real step) {
       std::vector<Real> moved = log_ratio;
       moved[row] += step;
@@ -281,7 +281,7 @@ void run_importance(int64_t rows, bool grouped, int variant, std::mt19937& rando
       }
       return sum;
     };
-    for (size_t k = 0; k < n; k += rows > 50 ? 37 : 1) {
+    for (size_t k = 0; k < n; k += rows > 50 ? size_t(rows) / 8 : 1) {
       const Real step = 1e-6L, slope = (objective(k, step) - objective(k, -step)) / (2 * step);
       expect_close(gradient[k], std::isinf(log_ratio[k]) ? 0 : slope, std::max(kTolerance<T>, 1e-9L) * 10,
                    name + " gradient " + std::to_string(given));
@@ -300,7 +300,8 @@ void test_importance_refuses() {
     input.rows = 4;
     input.clip_low = -INFINITY;
     input.clip_high = INFINITY;
-    expect(irlfast::importance_weights_forward(input, {weights.data(), log_normalizer.data(), ess.data()}) == -3,
+    expect(irlfast::importance_weights_forward(input, {weights.data(), log_normalizer.data(), ess.data()}, 1,
+                                               irlfast::best_isa()) == -3,
            "the row of a log ratio that is no number is named");
     expect(weights == std::vector<double>(4, 7.0) && ess == weights && log_normalizer == weights, "nothing is written");
   }
@@ -579,17 +580,18 @@ int segments_failures(int& cases) {
   std::mt19937 random(20241125);
   test_offsets();
   test_importance_refuses();
-  for (int64_t rows : {0, 1, 2, 7, 30, 300}) {
-    for (int variant = 0; variant < 4; ++variant) {
-      for (const bool grouped : {false, true}) {
-        run_importance<float>(rows, grouped, variant, random);
-        run_importance<double>(rows, grouped, variant, random);
-        cases += 2;
-      }
-    }
-  }
   for (Isa isa : irlfast::built_isas()) {
     if (!irlfast::isa_runs_here(isa)) continue;
+    for (int64_t rows : {0, 1, 2, 7, 30, 300}) {
+      for (int variant = 0; variant < 4; ++variant) {
+        // One group; ids that are counted; ids too far apart for that.
+        for (const int64_t spacing : {int64_t(0), int64_t(1), int64_t(1) << 61}) {
+          run_importance<float>(isa, rows, spacing, variant, 1, random);
+          run_importance<double>(isa, rows, spacing, variant, 1, random);
+          cases += 2;
+        }
+      }
+    }
     for (const Layout& layout : layouts()) {
       for (const MaskKind& kind : kMasks) {
         const Mask mask = make_mask(layout.segments, kind.bytes, kind.floating, random);
@@ -610,8 +612,9 @@ int segments_failures(int& cases) {
     const Mask mask = make_mask(layout.segments, 1, false, random);
     run_sequence(isa, DType::kFloat32, layout, mask, 3, random);
     run_gae<float>(layout, mask, 3, random);
+    run_importance<float>(isa, 2000, 1, 3, 3, random);
     for (PolicyTerm term : kTerms) run_policy<double>(isa, layout, mask, term, random);
-    cases += 6;
+    cases += 7;
   }
   return expect.failures();
 }

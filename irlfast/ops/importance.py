@@ -85,9 +85,16 @@ Weights = tuple[Tensor, Tensor, Tensor]
 
 
 def forward_cpu(
-    log_target: Tensor, log_proposal: Tensor, groups: Tensor | None, low: float, high: float, temper: float
+    log_target: Tensor,
+    log_proposal: Tensor,
+    groups: Tensor | None,
+    low: float,
+    high: float,
+    temper: float,
+    *,
+    isa: str = "auto",
 ) -> Weights:
-    """The native forward."""
+    """The native forward; `isa` names the instruction set, for tests."""
     log_target, log_proposal = log_target.contiguous(), log_proposal.contiguous()
     groups = None if groups is None else groups.contiguous()
     rows = log_target.shape[0]
@@ -108,6 +115,8 @@ def forward_cpu(
         weights.data_ptr(),
         log_normalizer.data_ptr(),
         ess.data_ptr(),
+        torch.get_num_threads(),
+        isa,
     )
     if count < 0:
         _raise_log_ratio(log_target, log_proposal, -count - 1)
@@ -126,6 +135,8 @@ def backward_cpu(
     grad_weights: Tensor | None,
     grad_log_normalizer: Tensor | None,
     grad_ess: Tensor | None,
+    *,
+    isa: str = "auto",
 ) -> Tensor:
     """The native gradient to log_target; its negative is that to log_proposal."""
     log_target, log_proposal = log_target.contiguous(), log_proposal.contiguous()
@@ -146,6 +157,8 @@ def backward_cpu(
         address(grad_log_normalizer),
         address(grad_ess),
         gradient.data_ptr(),
+        torch.get_num_threads(),
+        isa,
     )
     return gradient
 

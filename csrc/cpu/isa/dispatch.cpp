@@ -1,4 +1,5 @@
 #include "irlfast/isa.h"
+#include "isa/importance_spans.h"
 #include "isa/pair_spans.h"
 #include "isa/policy_spans.h"
 #include "isa/sequence_spans.h"
@@ -107,5 +108,6 @@ IRLFAST_DISPATCH(SoftmaxSpans, softmax_spans)
 IRLFAST_DISPATCH(PolicySpans, policy_spans)
 IRLFAST_DISPATCH(SequenceSpans, sequence_spans)
 IRLFAST_DISPATCH(PairSpans, pair_spans)
+IRLFAST_DISPATCH(ImportanceSpans, importance_spans)
 
 }  // namespace irlfast

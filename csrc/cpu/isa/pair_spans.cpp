@@ -337,6 +337,8 @@ void differentiate_span(const T* p, const T* q, Out* gradient, int64_t count, co
   for (; i + kVectors * kLanes <= count; i += kVectors * kLanes) {
     load_block(p + i, l);
     load_block(q + i, r);
+    prefetch_ahead<kVectors>(p + i);
+    prefetch_ahead<kVectors>(q + i);
     gradient_of.apply(l, r);
     store_block<kStream, T>(gradient + i, l);
   }

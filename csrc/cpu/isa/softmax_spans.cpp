@@ -9,7 +9,7 @@ namespace irlfast {
 namespace {
 
 // Vectors worked on together: enough to hide the latency of the polynomial, few enough to stay in registers, of which
-// the sums take some and SSE has no fused multiply-add's.
+// the sums take some and SSE has no fused multiply-add.
 constexpr int kUnroll = kVectorBytes == 16 ? 4 : 2;
 constexpr int kGradientUnroll = kVectorBytes == 64 ? 2 : 4;
 
@@ -49,8 +49,7 @@ class Accumulator {
       const V maximum = maximum_, offset = offset_;
       V block[kUnroll], top{};
       for (; logits < end; logits += kBlock) {
-        load_block(logits, block);
-        for (int u = 0; u < kUnroll; ++u) block[u] = cap.value(block[u]);
+        load_capped(logits, cap, block);
         top = highest(block);
         if (__builtin_expect(any_greater(top, maximum), 0)) break;
         sums.add(block, offset, scale_);
@@ -302,6 +301,7 @@ void differentiate_span(const T* logits, Out* gradient, int64_t count, const Sof
   typename Traits<Real>::V x[kGradientUnroll];
   for (; i + kGradientUnroll * kLanes <= count; i += kGradientUnroll * kLanes) {
     load_block(logits + i, x);
+    prefetch_ahead<kGradientUnroll>(logits + i);
     gradient_of.apply(x);
     store_block<kStream, T>(gradient + i, x);
   }
