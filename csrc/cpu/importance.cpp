@@ -20,16 +20,16 @@ class Groups {
       starts_.push_back(rows);
       return;
     }
-    int64_t lowest = ids[0], highest = ids[0];
-    bool rising = true;
-    for (int64_t i = 1; i < rows; ++i) {
-      rising &= ids[i] >= highest;
-      lowest = std::min(lowest, ids[i]);
-      highest = std::max(highest, ids[i]);
+    int64_t first = 1;
+    for (; first < rows && ids[first] >= ids[first - 1]; ++first) {
+      if (ids[first] != ids[first - 1]) starts_.push_back(first);
     }
-    if (!rising) sort(ids, rows, lowest, highest);
-    for (int64_t i = 1; i < rows; ++i) {
-      if (ids[row(i)] != ids[row(i - 1)]) starts_.push_back(i);
+    if (first < rows) {
+      sort(ids, rows);
+      starts_.resize(1);
+      for (int64_t i = 1; i < rows; ++i) {
+        if (ids[row(i)] != ids[row(i - 1)]) starts_.push_back(i);
+      }
     }
     starts_.push_back(rows);
   }
@@ -40,8 +40,13 @@ class Groups {
   int64_t row(int64_t place) const { return order_.empty() ? place : order_[size_t(place)]; }
 
  private:
-  void sort(const int64_t* ids, int64_t rows, int64_t lowest, int64_t highest) {
+  void sort(const int64_t* ids, int64_t rows) {
     order_.resize(size_t(rows));
+    int64_t lowest = ids[0], highest = ids[0];
+    for (int64_t i = 1; i < rows; ++i) {
+      lowest = std::min(lowest, ids[i]);
+      highest = std::max(highest, ids[i]);
+    }
     const uint64_t range = uint64_t(highest) - uint64_t(lowest);
     if (range >= 4 * uint64_t(rows)) {
       std::iota(order_.begin(), order_.end(), int64_t(0));

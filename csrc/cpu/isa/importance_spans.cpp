@@ -16,20 +16,28 @@ constexpr int kLanes = Traits<double>::kLanes;
 constexpr int kStep = kVectors * kLanes;
 static_assert(kGroupPadding % kStep == 0, "whole steps reach to the end of the padding");
 
+// A difference may overflow to +inf in float that does not in double, so blocks that look bad are looked at again.
 template <typename T>
 int64_t first_invalid(const void* log_target, const void* log_proposal, int64_t count) {
+  using I = typename Traits<T>::I;
+  constexpr int kWidth = Traits<T>::kLanes, kBlock = 16 * kWidth;
   const T* target = static_cast<const T*>(log_target);
   const T* proposal = static_cast<const T*>(log_proposal);
-  const auto valid = [&](int64_t i) { return double(target[i]) - double(proposal[i]) < INFINITY; };
-  constexpr int64_t kBlock = 256;
-  int64_t begin = 0;
-  for (; begin + kBlock <= count; begin += kBlock) {
-    bool all = true;
-    for (int64_t i = begin; i < begin + kBlock; ++i) all &= valid(i);
-    if (!all) break;
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t end = begin + kBlock < count ? begin + kBlock : count;
+    I bad{};
+    if (end - begin == kBlock) {
+      for (int64_t i = begin; i < end; i += kWidth) bad |= ~(load(target + i) - load(proposal + i) < T(INFINITY));
+    } else {
+      bad[0] = 1;
+    }
+    bool any = false;
+    for (int lane = 0; lane < kWidth; ++lane) any |= bad[lane] != 0;
+    for (int64_t i = begin; any && i < end; ++i) {
+      if (!(double(target[i]) - double(proposal[i]) < double(INFINITY))) return i;
+    }
   }
-  while (begin < count && valid(begin)) ++begin;
-  return begin;
+  return count;
 }
 
 IRLFAST_VEC void load_step(const double* p, VecD (&x)[kVectors]) {
