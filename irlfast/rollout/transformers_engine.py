@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from irlfast.causal_lm import taken
+from irlfast.causal_lm import taken, unwrap
 
 from .base import Rollouts, SamplingParams, Sequences
 from .modules import device_of, eval_mode, load_weights
@@ -35,9 +35,10 @@ class TransformersEngine:
     matrix products do.
 
     Args:
-        model: called as model(input_ids=, attention_mask=, position_ids=, past_key_values=, use_cache=), as far as its
-            `forward` has these parameters, and returns logits [B, S, V] or an object with `.logits`. Without
-            `.past_key_values` in its output the whole prefix is run again for every token: right, but slow.
+        model: called as model(input_ids=, attention_mask=, position_ids=, cache=, use_cache=), as far as its `forward`
+            has these parameters, and returns logits [B, S, V] or an object with `.logits`. The cache is called
+            `past_key_values` where the forward does not have `cache` (transformers before 5.24). Without one in its
+            output the whole prefix is run again for every token: right, but slow.
         eos_token_id: the id, or the ids, that end a response.
         pad_token_id: fills the right of shorter rows; may be equal to an EOS id, since the masks tell them apart.
         device: where the module is; by default the device of its first parameter. The module is never moved.
@@ -84,7 +85,10 @@ class TransformersEngine:
         parameters = inspect.signature(model.forward).parameters
         self._accepted = frozenset(parameters)
         self._accepts_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        self._use_cache = self._accepts("past_key_values") and self._accepts("use_cache")
+        # A wrapper (PEFT) has neither name in its signature and passes on what it is given.
+        named = inspect.signature(unwrap(model).forward).parameters
+        self._cache_name = "cache" if "cache" in named else "past_key_values"
+        self._use_cache = self._accepts(self._cache_name) and self._accepts("use_cache")
 
     @property
     def model(self) -> nn.Module:
@@ -233,7 +237,7 @@ class TransformersEngine:
             use_cache=True,
             logits_to_keep=1 if "logits_to_keep" in self._accepted else None,
         )
-        cache = getattr(output, "past_key_values", None)
+        cache = getattr(output, self._cache_name, None)
         if cache is None or not hasattr(cache, "reorder_cache"):
             self._use_cache = False
             return None
@@ -264,10 +268,10 @@ class TransformersEngine:
                 tokens[:, None],
                 attention_mask=None if mask is None else mask[:, : width + step + 1],
                 position_ids=positions + step,
-                past_key_values=cache,
                 use_cache=True,
+                **{self._cache_name: cache},
             )
-            cache, logits = output.past_key_values, output.logits[:, -1]
+            cache, logits = getattr(output, self._cache_name), output.logits[:, -1]
         return trace.result()
 
     def _decode_uncached(

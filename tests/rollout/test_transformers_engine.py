@@ -1,5 +1,7 @@
 import copy
+import inspect
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -294,6 +296,38 @@ def test_a_model_that_takes_a_cache_but_returns_none_is_run_on_the_whole_prefix(
     params = SamplingParams(n=2, max_new_tokens=10, seed=2)
     expected = engine_for(model).generate(RAGGED, params)
     assert rows_of(engine_for(Forgetful(model)).generate(RAGGED, params)) == rows_of(expected)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_is_passed_by_the_name_that_the_model_gives_it(make_lm, name):
+    """transformers 5.24 calls `cache` what older versions, and other models, call `past_key_values`."""
+    inner = make_lm("llama")
+    own = "cache" if "cache" in inspect.signature(inner.forward).parameters else "past_key_values"
+
+    class Renamed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def run(self, input_ids, attention_mask, position_ids, cache, use_cache):
+            inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
+            output = self.inner(input_ids=input_ids, **inputs, **{own: cache})
+            return SimpleNamespace(logits=output.logits, **{name: getattr(output, own)})
+
+    class New(Renamed):
+        def forward(self, input_ids, attention_mask=None, position_ids=None, cache=None, use_cache=None):
+            return self.run(input_ids, attention_mask, position_ids, cache, use_cache)
+
+    class Old(Renamed):
+        def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None):
+            return self.run(input_ids, attention_mask, position_ids, past_key_values, use_cache)
+
+    model = New() if name == "cache" else Old()
+    params = SamplingParams(n=2, max_new_tokens=10, seed=2)
+    expected = engine_for(inner).generate(RAGGED, params)
+    calls = Calls(model)
+    assert rows_of(engine_for(model).generate(RAGGED, params)) == rows_of(expected)
+    assert {width for _, width in calls.shapes[1:]} == {1}
 
 
 class Calls:
