@@ -115,6 +115,14 @@ inline int64_t task_grain(int64_t cost) {
   return std::max<int64_t>(1, kSerial / std::max<int64_t>(1, cost));
 }
 
+// How many rows a thread takes at a time. Adjacent ones, as what is asked for ahead of a row's end is the next row's
+// beginning; few enough for the threads to end together.
+inline int64_t row_grain(int64_t rows, int64_t vocab, int threads) {
+  constexpr int64_t kTogether = int64_t(1) << 19, kShares = 8;
+  const int64_t most = rows / (std::max(1, threads) * kShares);
+  return std::max(task_grain(vocab), std::min(most, kTogether / std::max<int64_t>(1, vocab)));
+}
+
 bool share_out_pieces(int64_t rows, int64_t pieces, int threads) {
   return pieces > 1 && threads > 1 && rows < 4 * threads;
 }
@@ -134,7 +142,7 @@ void reduce_rows(int64_t rows, int64_t vocab, int threads, const Summarise& summ
                  const Finish& finish) {
   const int64_t pieces = (vocab + kPiece - 1) / kPiece;
   if (!share_out_pieces(rows, pieces, threads)) {
-    parallel_for(rows, task_grain(vocab), threads,
+    parallel_for(rows, row_grain(rows, vocab, threads), threads,
                  [&](int64_t row) { finish(row, reduce_pieces(row, pieces, summarise, merge)); });
     return;
   }
@@ -155,7 +163,7 @@ void for_spans(int64_t rows, int64_t vocab, int threads, const Task& task) {
       task(i / pieces, begin, std::min(begin + kPiece, vocab));
     });
   } else {
-    parallel_for(rows, task_grain(vocab), threads, [&](int64_t row) { task(row, int64_t(0), vocab); });
+    parallel_for(rows, row_grain(rows, vocab, threads), threads, [&](int64_t row) { task(row, int64_t(0), vocab); });
   }
 }
 

@@ -17,6 +17,9 @@ constexpr int kGradientUnroll = kVectorBytes == 64 ? 2 : 4;
 // number of its terms, and a row has thousands for each lane.
 constexpr int kAdditions = 64;
 
+// Blocks at the beginning that are looked over for their maximum.
+constexpr int64_t kLookedOver = 64;
+
 // Online softmax with one running maximum and kUnroll vectors of partial sums of 2^t.
 //
 // t = (logit - maximum) scale takes two operations a vector. Fused, it is one: logit scale - offset, where offset is
@@ -62,6 +65,26 @@ class Accumulator {
       if (too_large_) return;
     }
     move_up();
+  }
+
+  // Of the first blocks the one with their maximum: added before the others, it spares the sums most of the times that
+  // the maximum would rise.
+  template <typename T>
+  static int64_t highest_block(const T* logits, int64_t blocks) {
+    V top = broadcast<Real>(-INFINITY), block[kUnroll];
+    for (int64_t i = 0; i < blocks; ++i) {
+      load_block(logits + i * kBlock, block);
+      top = max(highest(block), top);
+    }
+    Real lanes[kLanes];
+    store(lanes, top);
+    Real highest_lane = -INFINITY;
+    for (int lane = 0; lane < kLanes; ++lane) highest_lane = lanes[lane] > highest_lane ? lanes[lane] : highest_lane;
+    for (int64_t i = 0; i < blocks; ++i) {
+      load_block(logits + i * kBlock, block);
+      if (any_equal(highest(block), broadcast(highest_lane))) return i;
+    }
+    return 0;  // where there are but -inf and NaN
   }
 
   // A last block, padded with -inf.
@@ -115,7 +138,11 @@ class Accumulator {
       for (int u = 0; u < kUnroll; ++u) {
         t[u] = kFused ? fma(logit[u], broadcast(scale), -offset) : (logit[u] - offset) * scale;
       }
-      exp2_limited<Real>(t, e);
+      if (kWeighted) {
+        exp2_limited<Real>(t, e);
+      } else {
+        exp2_alone<Real>(t, e);
+      }
       for (int u = 0; u < kUnroll; ++u) plain[u] += e[u];
       if (kWeighted) {
         for (int u = 0; u < kUnroll; ++u) weighted[u] = fma(e[u], t[u], weighted[u]);
@@ -218,8 +245,16 @@ OnlineSoftmax<double> summarise_span(const T* logits, int64_t count, double inve
   const Cap<Real, kSoftcap> cap(softcap);
   Accumulator<Real, kWeighted, kFused> accumulator(inverse_temperature, before);
   const int64_t blocks = count / kBlock;
-  for (int64_t i = 0; i < blocks && !accumulator.too_large(); i += kAdditions) {
-    accumulator.add(logits + i * kBlock, blocks - i < kAdditions ? blocks - i : kAdditions, cap);
+  const auto add = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end && !accumulator.too_large(); i += kAdditions) {
+      accumulator.add(logits + i * kBlock, end - i < kAdditions ? end - i : kAdditions, cap);
+    }
+  };
+  if (blocks > 0) {
+    const int64_t first = accumulator.highest_block(logits, blocks < kLookedOver ? blocks : kLookedOver);
+    add(first, first + 1);
+    add(0, first);
+    add(first + 1, blocks);
   }
   if (const int64_t left = count % kBlock) {
     V block[kUnroll];

@@ -91,6 +91,12 @@ IRLFAST_VEC bool any_greater(VecF a, VecF b) {
 IRLFAST_VEC bool any_greater(VecD a, VecD b) {
   return _mm512_cmp_pd_mask(a, b, _CMP_GT_OQ) != 0;
 }
+IRLFAST_VEC bool any_equal(VecF a, VecF b) {
+  return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ) != 0;
+}
+IRLFAST_VEC bool any_equal(VecD a, VecD b) {
+  return _mm512_cmp_pd_mask(a, b, _CMP_EQ_OQ) != 0;
+}
 #elif defined(__AVX2__)
 IRLFAST_VEC VecF max(VecF a, VecF b) {
   return _mm256_max_ps(a, b);
@@ -110,6 +116,12 @@ IRLFAST_VEC bool any_greater(VecF a, VecF b) {
 IRLFAST_VEC bool any_greater(VecD a, VecD b) {
   return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_GT_OQ)) != 0;
 }
+IRLFAST_VEC bool any_equal(VecF a, VecF b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)) != 0;
+}
+IRLFAST_VEC bool any_equal(VecD a, VecD b) {
+  return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_EQ_OQ)) != 0;
+}
 #else
 template <typename V>
 IRLFAST_VEC V max(V a, V b) {
@@ -124,6 +136,13 @@ IRLFAST_VEC bool any_greater(V a, V b) {
   const auto greater = a > b;
   bool any = false;
   for (unsigned i = 0; i < sizeof(V) / sizeof(greater[0]); ++i) any |= greater[i] != 0;
+  return any;
+}
+template <typename V>
+IRLFAST_VEC bool any_equal(V a, V b) {
+  const auto equal = a == b;
+  bool any = false;
+  for (unsigned i = 0; i < sizeof(V) / sizeof(equal[0]); ++i) any |= equal[i] != 0;
   return any;
 }
 #endif
