@@ -1,7 +1,7 @@
 """Objectives for policies and rewards. Each returns its loss to minimise and a dict of detached 0-d metrics."""
 
 from irlfast.losses.advantages import group_advantages, shaped_rewards, whiten
-from irlfast.losses.policy import PolicyLoss, policy_loss
+from irlfast.losses.policy import PolicyLoss, PolicyMetrics, policy_loss
 from irlfast.losses.reward import RewardLoss, maxent_irl_loss
 from irlfast.losses.rl import RLLoss, compute_rl_loss, response_logprobs
 from irlfast.ops.gae import Gae, gae
@@ -9,6 +9,7 @@ from irlfast.ops.gae import Gae, gae
 __all__ = [
     "Gae",
     "PolicyLoss",
+    "PolicyMetrics",
     "RLLoss",
     "RewardLoss",
     "compute_rl_loss",

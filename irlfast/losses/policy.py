@@ -34,8 +34,10 @@ penalty and an entropy bonus are added token by token.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 
 from irlfast.losses.aggregation import Aggregation
@@ -46,11 +48,37 @@ PolicyKind = Literal["reinforce", "token", "ppo", "grpo", "dr_grpo", "rloo", "gs
 POLICY_KINDS: tuple[str, ...] = get_args(PolicyKind)
 
 
+class PolicyMetrics(Mapping[str, Tensor]):
+    """Detached 0-d tensors by name, all of them places of one tensor: one is taken out when it is asked for."""
+
+    __slots__ = ("_places", "_values")
+
+    def __init__(self, values: Tensor, places: Mapping[str, int]) -> None:
+        self._values, self._places = values, places
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._values[self._places[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __repr__(self) -> str:
+        return f"PolicyMetrics({self.floats()})"
+
+    def floats(self) -> dict[str, float]:
+        """All of them as numbers. On a GPU that waits for it once, not once for each."""
+        values = self._values.tolist()
+        return {name: values[place] for name, place in self._places.items()}
+
+
 class PolicyLoss(NamedTuple):
-    """loss: 0-d, to minimise. metrics: detached 0-d tensors by name."""
+    """loss: 0-d, to minimise. metrics: detached 0-d tensors by name; `metrics.floats()` has them as numbers."""
 
     loss: Tensor
-    metrics: dict[str, Tensor]
+    metrics: Mapping[str, Tensor]
 
 
 class _Recipe(NamedTuple):
@@ -204,14 +232,15 @@ def policy_loss(
         tis_cap is not None,
         icepop_band is not None,
     )
-    every = values.unbind()
-    return PolicyLoss(loss, {name: every[position] for name, position in reported})
+    if torch.compiler.is_compiling():  # what it traces returns tensors in dicts, and no objects of ours
+        return PolicyLoss(loss, {name: values[place] for name, place in reported.items()})
+    return PolicyLoss(loss, PolicyMetrics(values, reported))
 
 
 @functools.cache
 def _reported(
     old: bool, clips: bool, ref: bool, entropy: bool, rollout: bool, tis: bool, icepop: bool
-) -> tuple[tuple[str, int], ...]:
+) -> Mapping[str, int]:
     """The metrics that their inputs are there for, with their places."""
     there = {
         "clip_fraction": clips,
@@ -224,7 +253,7 @@ def _reported(
     }
     there |= dict.fromkeys(("approx_kl", "ratio_mean", "ratio_min", "ratio_max", "ess"), old)
     there |= dict.fromkeys(("rollout_gap", "rollout_gap_max", "rollout_kl"), rollout)
-    return tuple((name, i) for i, name in enumerate(METRICS) if there.get(name, True))
+    return {name: i for i, name in enumerate(METRICS) if there.get(name, True)}
 
 
 def _informative(advantages: Tensor, mask: Tensor | None, groups: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

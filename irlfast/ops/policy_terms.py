@@ -272,7 +272,7 @@ def sweep_cpu(
     )
     mask, mask_bytes, mask_floating = native_mask(mask)
     held, segments = native_segments(logprobs.shape, cu_seqlens)
-    loss, metrics = logprobs.new_empty(()), logprobs.new_empty((len(METRICS),))
+    loss, metrics = logprobs.new_empty(()), logprobs.new_empty(len(METRICS))
     slopes = torch.empty_like(logprobs) if with_gradient else None
     bonus = with_gradient and entropy is not None and entropy_coef != 0
     entropy_slopes = torch.empty_like(logprobs) if bonus else None
@@ -338,9 +338,7 @@ def backward_cpu(grad: Tensor, slopes: Tensor, logprobs: Tensor) -> Tensor:
 _ENTROPY, _INPUTS = 7, 25
 
 
-def _scale(
-    grad: Tensor | None, saved: tuple[Tensor, Tensor, Tensor | None], wanted: tuple[bool, bool]
-) -> list[Tensor | None]:
+def _scale(grad: Tensor | None, saved: tuple[Any, ...], wanted: tuple[bool, bool]) -> list[Tensor | None]:
     """Gradients to logprobs and entropy from that of the loss; saved: logprobs, and the loss's slopes by both."""
     grads: list[Tensor | None] = [None, None]
     if grad is None:
@@ -384,6 +382,10 @@ class _PolicyTerms(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         return *_scale(grad, ctx.saved_tensors, ctx.needs_input_grad[:2]), None
+
+
+# Function.apply without what it does in Python for torch.func, whose transforms never come here.
+_apply_policy_terms: Callable[..., Tensor] = super(torch.autograd.Function, _PolicyTerms).apply
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
@@ -439,15 +441,10 @@ def _run_native(
 ) -> PolicyTerms:
     per_token = not _one_a_sequence(advantages, logprobs, cu_seqlens, term)
     dtype = _compute_dtype(logprobs, advantages, old_logprobs, ref_logprobs, rollout_logprobs, entropy)
-    logprobs, advantages = logprobs.to(dtype), advantages.to(dtype)
-    if old_logprobs is not None:
-        old_logprobs = old_logprobs.to(dtype)
-    if ref_logprobs is not None:
-        ref_logprobs = ref_logprobs.to(dtype)
-    if rollout_logprobs is not None:
-        rollout_logprobs = rollout_logprobs.to(dtype)
-    if entropy is not None:
-        entropy = entropy.to(dtype)
+    logprobs, advantages = _cast(logprobs, dtype), _cast(advantages, dtype)
+    old_logprobs, ref_logprobs, rollout_logprobs, entropy = (
+        None if x is None else _cast(x, dtype) for x in (old_logprobs, ref_logprobs, rollout_logprobs, entropy)
+    )
     if cu_seqlens is not None and not cu_seqlens.is_cpu:
         cu_seqlens = cu_seqlens.cpu()
     wanted = torch.is_grad_enabled() and (
@@ -488,7 +485,7 @@ def _run_native(
         AGGREGATIONS.index(aggregation),
         wanted,
     )
-    loss = _PolicyTerms.apply(logprobs, entropy, outputs) if direct and wanted else outputs[0]
+    loss = _apply_policy_terms(logprobs, entropy, outputs) if direct and wanted else outputs[0]
     return PolicyTerms(loss, outputs[1])
 
 
@@ -596,6 +593,11 @@ def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
         if tensor is not None and tensor.dtype == torch.float64:
             return torch.float64
     return torch.float32
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """tensor.to(dtype), which costs ten times as much as the question whether there is something to do."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def _check_tensors(
