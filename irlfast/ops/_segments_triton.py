@@ -1,0 +1,57 @@
+"""How sequences, masks and numbers reach the Triton kernels over segments; nothing here waits for the device."""
+
+from __future__ import annotations
+
+import struct
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from irlfast.ops._dispatch import runs_undispatched
+from irlfast.ops._segments import MASK_WORDS, checked_offsets
+
+# offsets or None, sequences, width of each without offsets, tokens.
+Layout = tuple[Tensor | None, int, int, int]
+
+
+def bits(value: float) -> int:
+    """A float64 as the integer of the same bits: Triton takes a Python float for a float32."""
+    result: int = struct.unpack("<q", struct.pack("<d", value))[0]
+    return result
+
+
+def words(mask: Tensor | None) -> Tensor | None:
+    """A mask that a kernel can compare with 0, in bytes where it is boolean."""
+    if mask is None:
+        return None
+    if mask.dtype not in MASK_WORDS:
+        mask = mask.bool()
+    mask = mask.contiguous()
+    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+
+
+def layout(shape: torch.Size, cu_seqlens: Tensor | None) -> Layout:
+    """The sequences of a padded [B, T] or packed [N] tensor.
+
+    Offsets on a GPU are not looked at: the kernel holds them within the tensor.
+    """
+    if cu_seqlens is None:
+        return None, shape[0], shape[1], shape[0] * shape[1]
+    if cu_seqlens.is_cpu:
+        cu_seqlens = checked_offsets(cu_seqlens, shape[0], cu_seqlens.device)
+    return cu_seqlens.contiguous(), cu_seqlens.shape[0] - 1, 0, shape[0]
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def triton_unavailable(tensor: Tensor) -> str | None:
+    """Why the Triton kernels cannot take a tensor."""
+    import os
+
+    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensor is on {tensor.device}"
+    return None if tensor.is_cuda or runs_undispatched(tensor) else "traced"

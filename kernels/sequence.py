@@ -1,0 +1,43 @@
+"""Sums or means of token log-probs over sequences, and their gradient: one program a sequence, one launch a pass."""
+
+import triton
+import triton.language as tl
+from irlfast.kernels._segments import count_tokens, load_mask, segment_bounds, zero_outside
+
+BLOCK = 1024
+NUM_WARPS = 8
+
+
+@triton.jit(do_not_specialize=["width", "total"])
+def sequence_forward(logprobs, mask, offsets, result, width, total, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+    """result [B] = the sum of each sequence's unmasked log-probs, or their mean; 0 where there are none."""
+    sequence = tl.program_id(0)
+    begin, end = segment_bounds(offsets, width, total, sequence)
+    lanes = tl.zeros([BLOCK], dtype=tl.float64)
+    tokens = tl.zeros([BLOCK], dtype=tl.int32)
+    for start in range(begin, end, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        counts = load_mask(mask, index, index < end)
+        # Masked in the load: whatever stands there, NaN too, takes no part.
+        lanes += tl.load(logprobs + index, mask=counts, other=0.0).to(tl.float64)
+        tokens += counts.to(tl.int32)
+    value = tl.sum(lanes, axis=0)
+    if MEAN:
+        value = value / tl.maximum(tl.sum(tokens.to(tl.int64), axis=0), 1).to(tl.float64)
+    tl.store(result + sequence, value.to(result.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["width", "total"])
+def sequence_backward(upstream, mask, offsets, gradient, width, total, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+    """gradient = upstream of each sequence at its unmasked tokens, over their number for the mean; 0 elsewhere."""
+    sequence = tl.program_id(0)
+    begin, end = segment_bounds(offsets, width, total, sequence)
+    zero_outside(gradient, offsets, total, BLOCK)
+    value = tl.load(upstream + sequence).to(tl.float64)
+    if MEAN:
+        value = value / tl.maximum(count_tokens(mask, begin, end, BLOCK), 1).to(tl.float64)
+    share = value.to(gradient.dtype.element_ty)
+    for start in range(begin, end, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        counts = load_mask(mask, index, index < end)
+        tl.store(gradient + index, tl.where(counts, share, 0.0).to(gradient.dtype.element_ty), mask=index < end)
