@@ -20,11 +20,17 @@ def number(bits):
 
 
 @triton.jit
-def segment_bounds(offsets, width, total, sequence):
-    """[begin, end) of a sequence: `width` wide each where offsets is None, else between two offsets, held in [0, total]."""
+def segment_bounds(offsets, width, total, sequence, ALIGNED: tl.constexpr):
+    """[begin, end) of a sequence: `width` wide each, or between two offsets, which are held in [0, total].
+
+    ALIGNED: the width is a multiple of 16, so that a thread's loads can be wide.
+    """
     if offsets is None:
         begin = sequence.to(tl.int64) * width
         end = begin + width
+        if ALIGNED:
+            begin = tl.multiple_of(begin, 16)
+            end = tl.multiple_of(end, 16)
     else:
         begin = tl.load(offsets + sequence).to(tl.int64)
         end = tl.load(offsets + sequence + 1).to(tl.int64)
@@ -39,6 +45,15 @@ def load_mask(mask, index, inside):
     if mask is not None:
         inside = inside & (tl.load(mask + index, mask=inside, other=0) != 0)
     return inside
+
+
+@triton.jit
+def load_tokens(data, index, inside, counts):
+    """A block's values, 0 where they do not count: whatever stands there takes no part.
+
+    Read by `inside`, which lets a thread read wide, and then selected.
+    """
+    return tl.where(counts, tl.load(data + index, mask=inside, other=0.0), 0.0)
 
 
 @triton.jit

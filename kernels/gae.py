@@ -10,7 +10,7 @@ a masked token's map is the identity. All in float64.
 
 import triton
 import triton.language as tl
-from irlfast.kernels._segments import load_mask, number, segment_bounds, zero_outside
+from irlfast.kernels._segments import load_mask, load_tokens, number, segment_bounds, zero_outside
 
 BLOCK = 512
 NUM_WARPS = 4
@@ -36,11 +36,23 @@ def _first(x, index, position):
 
 @triton.jit(do_not_specialize=["width", "total", "gamma", "lam"])
 def gae(
-    rewards, values, mask, last_values, offsets, advantages, returns, width, total, gamma, lam, BLOCK: tl.constexpr
+    rewards,
+    values,
+    mask,
+    last_values,
+    offsets,
+    advantages,
+    returns,
+    width,
+    total,
+    gamma,
+    lam,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """advantages and returns of each token, 0 where masked; last_values [B], or None for 0. gamma, lam: as bits."""
     sequence = tl.program_id(0)
-    begin, end = segment_bounds(offsets, width, total, sequence)
+    begin, end = segment_bounds(offsets, width, total, sequence, ALIGNED)
     zero_outside(advantages, offsets, total, BLOCK)
     zero_outside(returns, offsets, total, BLOCK)
     discount = number(gamma)
@@ -54,8 +66,8 @@ def gae(
         index = end - done - BLOCK + lane
         inside = index >= begin
         counts = load_mask(mask, index, inside)
-        reward = tl.load(rewards + index, mask=counts, other=0.0).to(tl.float64)
-        value = tl.load(values + index, mask=counts, other=0.0).to(tl.float64)
+        reward = load_tokens(rewards, index, inside, counts).to(tl.float64)
+        value = load_tokens(values, index, inside, counts).to(tl.float64)
         # The block moved by one; past its end stands what the blocks after it left.
         after = load_mask(mask, index + 1, (lane < BLOCK - 1) & (index + 1 >= begin))
         after_value = tl.load(values + index + 1, mask=after, other=0.0).to(tl.float64)

@@ -113,17 +113,17 @@ def importance_forward(
 ):
     """weights [N]; log_normalizer and ess, one a group: a program whose group has no row writes nothing."""
     group = tl.program_id(0)
-    begin, end = segment_bounds(offsets, rows, rows, group)
+    begin, end = segment_bounds(offsets, rows, rows, group, False)
     if begin < end:
-        low, high, temper = number(low), number(high), number(temper)
+        floor, ceiling, exponent = number(low), number(high), number(temper)
         empty, _, _, normalizer, highest, mass, squares = _weigh(
-            target, proposal, order, begin, end, low, high, temper, RESHAPES, BLOCK
+            target, proposal, order, begin, end, floor, ceiling, exponent, RESHAPES, BLOCK
         )
         for start in range(begin, end, BLOCK):
             row, inside = _rows(order, start, end, BLOCK)
             log_weight = _log_ratio(target, proposal, row, inside)
             if RESHAPES:
-                log_weight = _reshape(log_weight, normalizer, low, high, temper)
+                log_weight = _reshape(log_weight, normalizer, floor, ceiling, exponent)
             weight = _exponential(log_weight, highest) / mass
             tl.store(weights + row, weight.to(weights.dtype.element_ty), mask=inside)
         kind = log_normalizer.dtype.element_ty
@@ -151,15 +151,15 @@ def importance_backward(
 ):
     """gradient [N], to log_target. Upstream gradients as the outputs, None for zero.
 
-    With g_k the gradient to weight k, through ess = 1 / sum w^2 too, s the shares and h that to log Z, the softmax gives
-    b_k = temper w_k (g_k - sum_j w_j g_j), 0 where the clip holds; then b_k + (h - sum_j b_j) s_k.
+    With g_k the gradient to weight k, through ess = 1 / sum w^2 too, s the shares and h that to log Z, the softmax
+    gives b_k = temper w_k (g_k - sum_j w_j g_j), 0 where the clip holds; then b_k + (h - sum_j b_j) s_k.
     """
     group = tl.program_id(0)
-    begin, end = segment_bounds(offsets, rows, rows, group)
+    begin, end = segment_bounds(offsets, rows, rows, group, False)
     if begin < end:
-        low, high, temper = number(low), number(high), number(temper)
+        floor, ceiling, exponent = number(low), number(high), number(temper)
         empty, peak, total, normalizer, highest, mass, squares = _weigh(
-            target, proposal, order, begin, end, low, high, temper, RESHAPES, BLOCK
+            target, proposal, order, begin, end, floor, ceiling, exponent, RESHAPES, BLOCK
         )
         to_squares = tl.zeros([], dtype=tl.float64)
         if grad_ess is not None:
@@ -169,8 +169,8 @@ def importance_backward(
         for start in range(begin, end, BLOCK):
             row, inside = _rows(order, start, end, BLOCK)
             _, weight, slope = _slopes(
-                target, proposal, row, inside, grad_weights, to_squares, normalizer, highest, mass, low, high, temper,
-                RESHAPES,
+                target, proposal, row, inside, grad_weights, to_squares, normalizer, highest, mass, floor, ceiling,
+                exponent, RESHAPES,
             )  # fmt: skip
             lanes += weight * slope
         mean = tl.sum(lanes, axis=0)
@@ -178,20 +178,20 @@ def importance_backward(
         for start in range(begin, end, BLOCK):
             row, inside = _rows(order, start, end, BLOCK)
             log_ratio, weight, slope = _slopes(
-                target, proposal, row, inside, grad_weights, to_squares, normalizer, highest, mass, low, high, temper,
-                RESHAPES,
+                target, proposal, row, inside, grad_weights, to_squares, normalizer, highest, mass, floor, ceiling,
+                exponent, RESHAPES,
             )  # fmt: skip
-            lanes += _to_relative(log_ratio, weight, slope - mean, normalizer, low, high, temper, RESHAPES)
+            lanes += _to_relative(log_ratio, weight, slope - mean, normalizer, floor, ceiling, exponent, RESHAPES)
         to_normalizer = -tl.sum(lanes, axis=0)
         if grad_log_normalizer is not None:
             to_normalizer += tl.load(grad_log_normalizer + group).to(tl.float64)
         for start in range(begin, end, BLOCK):
             row, inside = _rows(order, start, end, BLOCK)
             log_ratio, weight, slope = _slopes(
-                target, proposal, row, inside, grad_weights, to_squares, normalizer, highest, mass, low, high, temper,
-                RESHAPES,
+                target, proposal, row, inside, grad_weights, to_squares, normalizer, highest, mass, floor, ceiling,
+                exponent, RESHAPES,
             )  # fmt: skip
-            result = _to_relative(log_ratio, weight, slope - mean, normalizer, low, high, temper, RESHAPES)
+            result = _to_relative(log_ratio, weight, slope - mean, normalizer, floor, ceiling, exponent, RESHAPES)
             result += to_normalizer * (_exponential(log_ratio, peak) / total)
             # A group of impossible samples has no gradient, whatever comes from above.
             result = tl.where(empty, 0.0, result)

@@ -5,18 +5,38 @@ batch can tell, 1 / denominator, and the sums of its sequence, float64. `policy_
 up in the order of the sequences, and writes loss, metrics and the factor, which backward applies with the upstream
 gradient. No atomics, nothing read by the host.
 
-Within a sequence the tokens are read once; once more before, by terms on the ratio, or with corrections, of the sequence
-as a whole, and for the slope of the former the gradient is gone over after.
+Within a sequence the tokens are read once. Terms on the ratio of the sequence as a whole, and corrections of it as a
+whole, read two arrays before; the former go over their gradient once more after, for only then is its sum known.
 """
 
 import triton
 import triton.language as tl
+from irlfast.kernels._policy_sums import (
+    SUM_APPROX_KL,
+    SUM_CLIP_HIGH,
+    SUM_CLIP_LOW,
+    SUM_ENTROPY,
+    SUM_GAP,
+    SUM_GAP_MAX,
+    SUM_ICEPOP,
+    SUM_KL,
+    SUM_PENALTY,
+    SUM_POLICY,
+    SUM_RATIO,
+    SUM_RATIO_MAX,
+    SUM_RATIO_MIN,
+    SUM_RATIO_SQUARED,
+    SUM_ROLLOUT_KL,
+    SUM_TIS,
+    SUM_TOKENS,
+)
 from irlfast.kernels._segments import (
     at_least,
     at_most,
     count_tokens,
     exp_accurate,
     load_mask,
+    load_tokens,
     number,
     segment_bounds,
     zero_outside,
@@ -24,40 +44,15 @@ from irlfast.kernels._segments import (
 
 BLOCK = 1024
 NUM_WARPS = 8
-REPORT_BLOCK = 256
-REPORT_NUM_WARPS = 4
 
 # As irlfast/ops/policy_terms.py numbers them.
+_REINFORCE = tl.constexpr(0)
 _PPO = tl.constexpr(1)
 _GSPO = tl.constexpr(2)
 _CISPO = tl.constexpr(3)
 _K2 = tl.constexpr(1)
 _K3 = tl.constexpr(2)
-_TOKEN_MEAN = tl.constexpr(0)
-_SEQ_MEAN_TOKEN_MEAN = tl.constexpr(1)
-_TOKEN_SUM = tl.constexpr(3)
 _MAX_LOG_RATIO = tl.constexpr(20.0)
-
-# What the sweep leaves of a sequence: [PARTIALS, sequences].
-PARTIALS = 17
-METRICS = 18
-_TOKENS = tl.constexpr(0)
-_POLICY = tl.constexpr(1)
-_PENALTY = tl.constexpr(2)  # the KL term as it enters the loss: for k3 times the ratio
-_APPROX_KL = tl.constexpr(3)
-_RATIO = tl.constexpr(4)
-_RATIO_SQUARED = tl.constexpr(5)
-_RATIO_MIN = tl.constexpr(6)
-_RATIO_MAX = tl.constexpr(7)
-_CLIP_LOW = tl.constexpr(8)
-_CLIP_HIGH = tl.constexpr(9)
-_KL = tl.constexpr(10)
-_ENTROPY = tl.constexpr(11)
-_GAP = tl.constexpr(12)
-_GAP_MAX = tl.constexpr(13)
-_ROLLOUT_KL = tl.constexpr(14)
-_TIS = tl.constexpr(15)
-_ICEPOP = tl.constexpr(16)
 
 
 @triton.jit
@@ -66,9 +61,10 @@ def _difference(a, b, mask, begin, end, BLOCK: tl.constexpr):
     lanes = tl.zeros([BLOCK], dtype=tl.float64)
     for start in range(begin, end, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        counts = load_mask(mask, index, index < end)
-        lanes += tl.load(a + index, mask=counts, other=0.0).to(tl.float64)
-        lanes -= tl.load(b + index, mask=counts, other=0.0).to(tl.float64)
+        inside = index < end
+        counts = load_mask(mask, index, inside)
+        lanes += load_tokens(a, index, inside, counts).to(tl.float64)
+        lanes -= load_tokens(b, index, inside, counts).to(tl.float64)
     return tl.sum(lanes, axis=0)
 
 
@@ -150,6 +146,7 @@ def policy_terms_sweep(
     TIS: tl.constexpr,
     ICEPOP: tl.constexpr,
     SEQUENCE_CORRECTION: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """slopes and entropy_slopes [tokens] or None; partials [PARTIALS, sequences] float64. Options: float64 as bits.
@@ -159,7 +156,7 @@ def policy_terms_sweep(
     sequence = tl.program_id(0)
     count = tl.num_programs(0).to(tl.int64)
     real = logprobs.dtype.element_ty
-    first, last = segment_bounds(offsets, width, total, sequence)
+    first, last = segment_bounds(offsets, width, total, sequence, ALIGNED)
     if slopes is not None:
         zero_outside(slopes, offsets, total, BLOCK)
     if entropy_slopes is not None:
@@ -180,9 +177,9 @@ def policy_terms_sweep(
     sequence_moves = tokens >= 0
     if TERM == _GSPO:
         mean = _difference(logprobs, old, mask, begin, end, BLOCK) / divisor
-        held = at_least(at_most(mean, _MAX_LOG_RATIO), -_MAX_LOG_RATIO)
-        sequence_ratio, _ = exp_accurate(held)
-        sequence_moves = held == mean
+        held_mean = at_least(at_most(mean, _MAX_LOG_RATIO), -_MAX_LOG_RATIO)
+        sequence_ratio, _ = exp_accurate(held_mean)
+        sequence_moves = held_mean == mean
     floor = (1 - number(clip_low)).to(real)
     ceiling = (1 + number(clip_high)).to(real)
     bound = number(dual_clip).to(real)
@@ -222,15 +219,14 @@ def policy_terms_sweep(
         index = start + tl.arange(0, BLOCK)
         inside = index < end
         counts = load_mask(mask, index, inside)
-        # Masked in the load: whatever stands outside the mask takes no part.
-        logprob = tl.load(logprobs + index, mask=counts, other=0.0)
+        logprob = load_tokens(logprobs, index, inside, counts)
         if PER_TOKEN:
-            advantage = tl.load(advantages + index, mask=counts, other=0.0)
+            advantage = load_tokens(advantages, index, inside, counts)
         old_logprob = logprob
         ratio = tl.full([BLOCK], 1.0, dtype=real)
         moves = counts
         if old is not None:
-            old_logprob = tl.load(old + index, mask=counts, other=0.0)
+            old_logprob = load_tokens(old, index, inside, counts)
             difference = logprob - old_logprob
             below = at_most(difference, _MAX_LOG_RATIO)
             held = at_least(below, -_MAX_LOG_RATIO)
@@ -243,7 +239,7 @@ def policy_terms_sweep(
             ratio_min = tl.where(counts & (ratio < ratio_min), ratio, ratio_min)
             ratio_max = tl.where(counts & (ratio > ratio_max), ratio, ratio_max)
 
-        if TERM == _PPO or TERM == _GSPO:
+        if TERM == _PPO or TERM == _GSPO:  # noqa: SIM109  Triton has no `in`
             used = ratio
             used_moves = moves.to(tl.int32)
             if TERM == _GSPO:
@@ -260,7 +256,7 @@ def policy_terms_sweep(
             slope = -advantage
             term = slope * logprob
         if rollout is not None:
-            gap = old_logprob - tl.load(rollout + index, mask=counts, other=0.0)
+            gap = old_logprob - load_tokens(rollout, index, inside, counts)
             size = tl.abs(gap)
             gaps += size.to(tl.float64)
             gap_max = tl.where(size > gap_max, size, gap_max)
@@ -286,28 +282,29 @@ def policy_terms_sweep(
             term_slopes += tl.where(counts, slope, 0.0).to(tl.float64)
             slope = tl.zeros_like(slope)
         if ref is not None:
-            d = logprob - tl.load(ref + index, mask=counts, other=0.0)
+            d = logprob - load_tokens(ref, index, inside, counts)
             kl, penalty, kl_slope = _kl(d, ratio, moves, KL)
             kls += kl.to(tl.float64)
             penalties += penalty.to(tl.float64)
             slope += kl_slope * kl_weight
         if entropy is not None:
-            entropies += tl.load(entropy + index, mask=counts, other=0.0).to(tl.float64)
+            entropies += load_tokens(entropy, index, inside, counts).to(tl.float64)
         if slopes is not None:
             tl.store(slopes + index, tl.where(counts, slope * weight.to(real), 0.0), mask=inside)
         if entropy_slopes is not None:
             bonus = (-number(entropy_coef) * weight).to(real)
             tl.store(entropy_slopes + index, tl.where(counts, bonus, 0.0).to(real), mask=inside)
 
-    if TERM == _GSPO:
-        if slopes is not None:
-            # The ratio is that of a mean over the tokens: each has the same share in it.
-            share = (weight * tl.sum(term_slopes, axis=0) / divisor).to(real)
-            tl.debug_barrier()  # a thread may read what another has written
-            for start in range(begin, end, BLOCK):
-                index = start + tl.arange(0, BLOCK)
-                counts = load_mask(mask, index, index < end)
-                tl.store(slopes + index, tl.load(slopes + index, mask=counts, other=0.0) + share, mask=counts)
+    if TERM == _GSPO and slopes is not None:
+        # The ratio is that of a mean over the tokens: each has the same share in it.
+        share = (weight * tl.sum(term_slopes, axis=0) / divisor).to(real)
+        tl.debug_barrier()  # a thread may read what another has written
+        for start in range(begin, end, BLOCK):
+            index = start + tl.arange(0, BLOCK)
+            inside = index < end
+            counts = load_mask(mask, index, inside)
+            slope = load_tokens(slopes, index, inside, counts) + share
+            tl.store(slopes + index, tl.where(counts, slope, 0.0), mask=inside)
     if keep is not None:
         zeros = tl.zeros([BLOCK], dtype=real)
         for start in range(end, last, BLOCK):
@@ -317,192 +314,29 @@ def policy_terms_sweep(
             if entropy_slopes is not None:
                 tl.store(entropy_slopes + index, zeros, mask=index < last)
 
-    _save(partials, _TOKENS, sequence, count, tokens)
-    _save(partials, _POLICY, sequence, count, tl.sum(policy, axis=0))
-    if TERM != 0:
-        _save(partials, _CLIP_LOW, sequence, count, tl.sum(clips_low, axis=0).to(tl.float64))
-        _save(partials, _CLIP_HIGH, sequence, count, tl.sum(clips_high, axis=0).to(tl.float64))
+    _save(partials, SUM_TOKENS, sequence, count, tokens)
+    _save(partials, SUM_POLICY, sequence, count, tl.sum(policy, axis=0))
+    if TERM != _REINFORCE:
+        _save(partials, SUM_CLIP_LOW, sequence, count, tl.sum(clips_low, axis=0).to(tl.float64))
+        _save(partials, SUM_CLIP_HIGH, sequence, count, tl.sum(clips_high, axis=0).to(tl.float64))
     if old is not None:
-        _save(partials, _APPROX_KL, sequence, count, tl.sum(approx_kl, axis=0))
+        _save(partials, SUM_APPROX_KL, sequence, count, tl.sum(approx_kl, axis=0))
         if TERM == _GSPO:
-            _save(partials, _RATIO, sequence, count, sequence_ratio)
+            _save(partials, SUM_RATIO, sequence, count, sequence_ratio)
         else:
-            _save(partials, _RATIO, sequence, count, tl.sum(ratios, axis=0))
-            _save(partials, _RATIO_SQUARED, sequence, count, tl.sum(ratio_squares, axis=0))
-            _save(partials, _RATIO_MIN, sequence, count, tl.min(ratio_min, axis=0).to(tl.float64))
-            _save(partials, _RATIO_MAX, sequence, count, tl.max(ratio_max, axis=0).to(tl.float64))
+            _save(partials, SUM_RATIO, sequence, count, tl.sum(ratios, axis=0))
+            _save(partials, SUM_RATIO_SQUARED, sequence, count, tl.sum(ratio_squares, axis=0))
+            _save(partials, SUM_RATIO_MIN, sequence, count, tl.min(ratio_min, axis=0).to(tl.float64))
+            _save(partials, SUM_RATIO_MAX, sequence, count, tl.max(ratio_max, axis=0).to(tl.float64))
     if ref is not None:
-        _save(partials, _KL, sequence, count, tl.sum(kls, axis=0))
-        _save(partials, _PENALTY, sequence, count, tl.sum(penalties, axis=0))
+        _save(partials, SUM_KL, sequence, count, tl.sum(kls, axis=0))
+        _save(partials, SUM_PENALTY, sequence, count, tl.sum(penalties, axis=0))
     if entropy is not None:
-        _save(partials, _ENTROPY, sequence, count, tl.sum(entropies, axis=0))
+        _save(partials, SUM_ENTROPY, sequence, count, tl.sum(entropies, axis=0))
     if rollout is not None:
-        _save(partials, _GAP, sequence, count, tl.sum(gaps, axis=0))
-        _save(partials, _GAP_MAX, sequence, count, tl.max(gap_max, axis=0).to(tl.float64))
-        _save(partials, _ROLLOUT_KL, sequence, count, tl.sum(rollout_kl, axis=0))
+        _save(partials, SUM_GAP, sequence, count, tl.sum(gaps, axis=0))
+        _save(partials, SUM_GAP_MAX, sequence, count, tl.max(gap_max, axis=0).to(tl.float64))
+        _save(partials, SUM_ROLLOUT_KL, sequence, count, tl.sum(rollout_kl, axis=0))
         if TIS or ICEPOP:
-            _save(partials, _TIS, sequence, count, tl.sum(capped_tokens, axis=0).to(tl.float64))
-            _save(partials, _ICEPOP, sequence, count, tl.sum(outside_tokens, axis=0).to(tl.float64))
-
-
-@triton.jit
-def _sum(partials, which, start, count, BLOCK: tl.constexpr):
-    """A block of one row of the partials, 0 past its end."""
-    index = start + tl.arange(0, BLOCK)
-    return tl.load(partials + which * count + index, mask=index < count, other=0.0)
-
-
-@triton.jit
-def _put(metrics, which, value):
-    tl.store(metrics + which, value.to(metrics.dtype.element_ty))
-
-
-@triton.jit(do_not_specialize=["count", "divisor", "kl_coef", "entropy_coef"])
-def policy_terms_report(
-    partials,
-    denominator,
-    loss,
-    metrics,
-    scale,
-    count,
-    divisor,
-    kl_coef,
-    entropy_coef,
-    TERM: tl.constexpr,
-    AGGREGATION: tl.constexpr,
-    OLD: tl.constexpr,
-    REF: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    ROLLOUT: tl.constexpr,
-    CORRECTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """loss, metrics [18] in the order of METRICS, and scale = 1 / denominator, which every slope still lacks.
-
-    denominator: a number on the device, NaN unless positive; or None, and then divisor, 0 for the batch's own count.
-    """
-    count = tl.cast(count, tl.int64)
-    nothing = tl.zeros([BLOCK], dtype=tl.float64)
-    tokens_lanes = nothing
-    sequence_lanes = tl.zeros([BLOCK], dtype=tl.int64)
-    policy_lanes = nothing
-    penalty_lanes = nothing
-    bonus_lanes = nothing
-    kl_approx_lanes = nothing
-    ratio_lanes = nothing
-    square_lanes = nothing
-    min_lanes = tl.full([BLOCK], float("inf"), dtype=tl.float64)
-    max_lanes = tl.full([BLOCK], float("-inf"), dtype=tl.float64)
-    low_lanes = nothing
-    high_lanes = nothing
-    kl_lanes = nothing
-    entropy_lanes = nothing
-    gap_lanes = nothing
-    gap_max_lanes = nothing
-    rollout_kl_lanes = nothing
-    tis_lanes = nothing
-    icepop_lanes = nothing
-    for start in range(0, count, BLOCK):
-        tokens = _sum(partials, _TOKENS, start, count, BLOCK)
-        some = tokens > 0
-        tokens_lanes += tokens
-        sequence_lanes += some.to(tl.int64)
-        shares = tl.full([BLOCK], 1.0, dtype=tl.float64)
-        if AGGREGATION == _SEQ_MEAN_TOKEN_MEAN:
-            shares = tl.maximum(tokens, 1.0)
-        policy_lanes += _sum(partials, _POLICY, start, count, BLOCK) / shares
-        if TERM != 0:
-            low_lanes += _sum(partials, _CLIP_LOW, start, count, BLOCK)
-            high_lanes += _sum(partials, _CLIP_HIGH, start, count, BLOCK)
-        if OLD:
-            kl_approx_lanes += _sum(partials, _APPROX_KL, start, count, BLOCK)
-            ratio = tl.where(some, _sum(partials, _RATIO, start, count, BLOCK), 0.0)
-            ratio_lanes += ratio
-            if TERM == _GSPO:
-                square_lanes += ratio * ratio
-                lowest = ratio
-                highest = ratio
-            else:
-                square_lanes += _sum(partials, _RATIO_SQUARED, start, count, BLOCK)
-                lowest = _sum(partials, _RATIO_MIN, start, count, BLOCK)
-                highest = _sum(partials, _RATIO_MAX, start, count, BLOCK)
-            min_lanes = tl.where(some & (lowest < min_lanes), lowest, min_lanes)
-            max_lanes = tl.where(some & (highest > max_lanes), highest, max_lanes)
-        if REF:
-            kl_lanes += _sum(partials, _KL, start, count, BLOCK)
-            penalty_lanes += _sum(partials, _PENALTY, start, count, BLOCK) / shares
-        if ENTROPY:
-            entropy = _sum(partials, _ENTROPY, start, count, BLOCK)
-            entropy_lanes += entropy
-            bonus_lanes += entropy / shares
-        if ROLLOUT:
-            gap_lanes += _sum(partials, _GAP, start, count, BLOCK)
-            gap_max = _sum(partials, _GAP_MAX, start, count, BLOCK)
-            gap_max_lanes = tl.where(gap_max > gap_max_lanes, gap_max, gap_max_lanes)
-            rollout_kl_lanes += _sum(partials, _ROLLOUT_KL, start, count, BLOCK)
-            if CORRECTS:
-                tis_lanes += _sum(partials, _TIS, start, count, BLOCK)
-                icepop_lanes += _sum(partials, _ICEPOP, start, count, BLOCK)
-
-    total = tl.sum(tokens_lanes, axis=0)
-    answers = tl.sum(sequence_lanes, axis=0).to(tl.float64)
-    some_token = total > 0
-    tokens = tl.maximum(total, 1.0)
-    if denominator is not None:
-        own = tl.load(denominator).to(tl.float64)
-        own = tl.where(own > 0, own, float("nan"))
-    else:
-        own = tl.full([], 1.0, dtype=tl.float64)
-        if AGGREGATION == _TOKEN_MEAN:
-            own = tokens
-        elif AGGREGATION != _TOKEN_SUM:
-            own = tl.maximum(answers, 1.0)
-        given = number(divisor)
-        own = tl.where(given != 0, given, own)
-    policy = tl.where(some_token, tl.sum(policy_lanes, axis=0) / own, 0.0)
-    result = policy
-    penalty = number(kl_coef) * tl.sum(penalty_lanes, axis=0) / own
-    bonus = number(entropy_coef) * tl.sum(bonus_lanes, axis=0) / own
-    result += tl.where(some_token & (number(kl_coef) != 0), penalty, 0.0)
-    result -= tl.where(some_token & (number(entropy_coef) != 0), bonus, 0.0)
-    tl.store(loss, result.to(loss.dtype.element_ty))
-    tl.store(scale, (1 / own).to(scale.dtype.element_ty))
-
-    one = tl.full([], 1.0, dtype=tl.float64)
-    ratio_mean = one
-    ratio_min = one
-    ratio_max = one
-    ess = one
-    if OLD:
-        ratios = tokens
-        if TERM == _GSPO:
-            ratios = tl.maximum(answers, 1.0)
-        ratio_sum = tl.sum(ratio_lanes, axis=0)
-        squares = tl.where(some_token, tl.sum(square_lanes, axis=0), 1.0)
-        # An extreme forgets a NaN, a sum does not.
-        lost = ratio_sum != ratio_sum
-        ratio_mean = tl.where(some_token, ratio_sum / ratios, 1.0)
-        ratio_min = tl.where(some_token, tl.where(lost, ratio_sum, tl.min(min_lanes, axis=0)), 1.0)
-        ratio_max = tl.where(some_token, tl.where(lost, ratio_sum, tl.max(max_lanes, axis=0)), 1.0)
-        ess = tl.where(some_token, ratio_sum * ratio_sum / (ratios * squares), 1.0)
-    gaps = tl.sum(gap_lanes, axis=0)
-    low = tl.sum(low_lanes, axis=0)
-    high = tl.sum(high_lanes, axis=0)
-    _put(metrics, 0, policy)
-    _put(metrics, 1, total)
-    _put(metrics, 2, answers)
-    _put(metrics, 3, tl.sum(kl_approx_lanes, axis=0) / tokens)
-    _put(metrics, 4, ratio_mean)
-    _put(metrics, 5, ratio_min)
-    _put(metrics, 6, ratio_max)
-    _put(metrics, 7, ess)
-    _put(metrics, 8, (low + high) / tokens)
-    _put(metrics, 9, low / tokens)
-    _put(metrics, 10, high / tokens)
-    _put(metrics, 11, tl.sum(kl_lanes, axis=0) / tokens)
-    _put(metrics, 12, tl.sum(entropy_lanes, axis=0) / tokens)
-    _put(metrics, 13, gaps / tokens)
-    _put(metrics, 14, tl.where(gaps != gaps, gaps, tl.max(gap_max_lanes, axis=0)))
-    _put(metrics, 15, tl.sum(rollout_kl_lanes, axis=0) / tokens)
-    _put(metrics, 16, tl.sum(tis_lanes, axis=0) / tokens)
-    _put(metrics, 17, tl.sum(icepop_lanes, axis=0) / tokens)
+            _save(partials, SUM_TIS, sequence, count, tl.sum(capped_tokens, axis=0).to(tl.float64))
+            _save(partials, SUM_ICEPOP, sequence, count, tl.sum(outside_tokens, axis=0).to(tl.float64))

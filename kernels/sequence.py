@@ -2,24 +2,26 @@
 
 import triton
 import triton.language as tl
-from irlfast.kernels._segments import count_tokens, load_mask, segment_bounds, zero_outside
+from irlfast.kernels._segments import count_tokens, load_mask, load_tokens, segment_bounds, zero_outside
 
 BLOCK = 1024
 NUM_WARPS = 8
 
 
 @triton.jit(do_not_specialize=["width", "total"])
-def sequence_forward(logprobs, mask, offsets, result, width, total, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+def sequence_forward(
+    logprobs, mask, offsets, result, width, total, MEAN: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+):
     """result [B] = the sum of each sequence's unmasked log-probs, or their mean; 0 where there are none."""
     sequence = tl.program_id(0)
-    begin, end = segment_bounds(offsets, width, total, sequence)
+    begin, end = segment_bounds(offsets, width, total, sequence, ALIGNED)
     lanes = tl.zeros([BLOCK], dtype=tl.float64)
     tokens = tl.zeros([BLOCK], dtype=tl.int32)
     for start in range(begin, end, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        counts = load_mask(mask, index, index < end)
-        # Masked in the load: whatever stands there, NaN too, takes no part.
-        lanes += tl.load(logprobs + index, mask=counts, other=0.0).to(tl.float64)
+        inside = index < end
+        counts = load_mask(mask, index, inside)
+        lanes += load_tokens(logprobs, index, inside, counts).to(tl.float64)
         tokens += counts.to(tl.int32)
     value = tl.sum(lanes, axis=0)
     if MEAN:
@@ -28,10 +30,12 @@ def sequence_forward(logprobs, mask, offsets, result, width, total, MEAN: tl.con
 
 
 @triton.jit(do_not_specialize=["width", "total"])
-def sequence_backward(upstream, mask, offsets, gradient, width, total, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+def sequence_backward(
+    upstream, mask, offsets, gradient, width, total, MEAN: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+):
     """gradient = upstream of each sequence at its unmasked tokens, over their number for the mean; 0 elsewhere."""
     sequence = tl.program_id(0)
-    begin, end = segment_bounds(offsets, width, total, sequence)
+    begin, end = segment_bounds(offsets, width, total, sequence, ALIGNED)
     zero_outside(gradient, offsets, total, BLOCK)
     value = tl.load(upstream + sequence).to(tl.float64)
     if MEAN:

@@ -36,6 +36,7 @@ def gae_triton(
                 total,
                 bits(gamma),
                 bits(lam),
+                ALIGNED=width % 16 == 0,
                 BLOCK=kernels.BLOCK,
                 num_warps=kernels.NUM_WARPS,
             )

@@ -36,6 +36,7 @@ def sweep_triton(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
     """As `sweep_cpu`, but for the slopes, which lack a factor that the last of the results is, 0-d."""
+    from irlfast.kernels import _policy_sums as sums
     from irlfast.kernels import policy_terms as kernels
 
     if denominator is not None and denominator.is_cpu:
@@ -48,8 +49,8 @@ def sweep_triton(
     slopes = torch.empty_like(logprobs) if with_gradient else None
     bonus = with_gradient and entropy is not None and entropy_coef != 0
     entropy_slopes = torch.empty_like(logprobs) if bonus else None
-    partials = logprobs.new_empty((kernels.PARTIALS, count), dtype=torch.float64)
-    loss, metrics, scale = logprobs.new_empty(()), logprobs.new_empty((kernels.METRICS,)), logprobs.new_empty(())
+    partials = logprobs.new_empty((sums.PARTIALS, count), dtype=torch.float64)
+    loss, metrics, scale = logprobs.new_empty(()), logprobs.new_empty((sums.METRICS,)), logprobs.new_empty(())
     with on_device(logprobs):
         if count:
             kernels.policy_terms_sweep[(count,)](
@@ -83,10 +84,11 @@ def sweep_triton(
                 TIS=tis_cap > 0,
                 ICEPOP=icepop_high > 0,
                 SEQUENCE_CORRECTION=sequence_correction and (tis_cap > 0 or icepop_high > 0),
+                ALIGNED=width % 16 == 0,
                 BLOCK=kernels.BLOCK,
                 num_warps=kernels.NUM_WARPS,
             )
-        kernels.policy_terms_report[(1,)](
+        sums.policy_terms_report[(1,)](
             partials,
             denominator,
             loss,
@@ -103,8 +105,8 @@ def sweep_triton(
             ENTROPY=entropy is not None,
             ROLLOUT=rollout_logprobs is not None,
             CORRECTS=tis_cap > 0 or icepop_high > 0,
-            BLOCK=kernels.REPORT_BLOCK,
-            num_warps=kernels.REPORT_NUM_WARPS,
+            BLOCK=sums.BLOCK,
+            num_warps=sums.NUM_WARPS,
         )
     return loss, metrics, slopes, entropy_slopes, scale
 

@@ -25,6 +25,7 @@ def forward_triton(logprobs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | N
                 width,
                 total,
                 MEAN=mean,
+                ALIGNED=width % 16 == 0,
                 BLOCK=kernels.BLOCK,
                 num_warps=kernels.NUM_WARPS,
             )
@@ -53,6 +54,7 @@ def backward_triton(
                 width,
                 total,
                 MEAN=mean,
+                ALIGNED=width % 16 == 0,
                 BLOCK=kernels.BLOCK,
                 num_warps=kernels.NUM_WARPS,
             )
