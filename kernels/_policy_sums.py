@@ -15,8 +15,8 @@ _TOKEN_MEAN = tl.constexpr(0)
 _SEQ_MEAN_TOKEN_MEAN = tl.constexpr(1)
 _TOKEN_SUM = tl.constexpr(3)
 
-# What the sweep leaves of a sequence: [PARTIALS, sequences].
-PARTIALS = 17
+# What the sweep leaves of a sequence: [sequences, PARTIALS].
+PARTIALS = tl.constexpr(17)
 SUM_TOKENS = tl.constexpr(0)
 SUM_POLICY = tl.constexpr(1)
 SUM_PENALTY = tl.constexpr(2)  # the KL term as it enters the loss: for k3 times the ratio
@@ -37,10 +37,10 @@ SUM_ICEPOP = tl.constexpr(16)
 
 
 @triton.jit
-def _row(partials, which, start, count, BLOCK: tl.constexpr):
-    """A block of one row of the partials, 0 past its end."""
+def _of_each(partials, which, start, count, BLOCK: tl.constexpr):
+    """One of the sums of a block of sequences, 0 past the last."""
     index = start + tl.arange(0, BLOCK)
-    return tl.load(partials + which * count + index, mask=index < count, other=0.0)
+    return tl.load(partials + index * PARTIALS + which, mask=index < count, other=0.0)
 
 
 @triton.jit
@@ -94,46 +94,46 @@ def policy_terms_report(
     tis_lanes = nothing
     icepop_lanes = nothing
     for start in range(0, count, BLOCK):
-        tokens = _row(partials, SUM_TOKENS, start, count, BLOCK)
+        tokens = _of_each(partials, SUM_TOKENS, start, count, BLOCK)
         some = tokens > 0
         tokens_lanes += tokens
         sequence_lanes += some.to(tl.int64)
         shares = tl.full([BLOCK], 1.0, dtype=tl.float64)
         if AGGREGATION == _SEQ_MEAN_TOKEN_MEAN:
             shares = tl.maximum(tokens, 1.0)
-        policy_lanes += _row(partials, SUM_POLICY, start, count, BLOCK) / shares
+        policy_lanes += _of_each(partials, SUM_POLICY, start, count, BLOCK) / shares
         if TERM != _REINFORCE:
-            low_lanes += _row(partials, SUM_CLIP_LOW, start, count, BLOCK)
-            high_lanes += _row(partials, SUM_CLIP_HIGH, start, count, BLOCK)
+            low_lanes += _of_each(partials, SUM_CLIP_LOW, start, count, BLOCK)
+            high_lanes += _of_each(partials, SUM_CLIP_HIGH, start, count, BLOCK)
         if OLD:
-            kl_approx_lanes += _row(partials, SUM_APPROX_KL, start, count, BLOCK)
-            ratio = tl.where(some, _row(partials, SUM_RATIO, start, count, BLOCK), 0.0)
+            kl_approx_lanes += _of_each(partials, SUM_APPROX_KL, start, count, BLOCK)
+            ratio = tl.where(some, _of_each(partials, SUM_RATIO, start, count, BLOCK), 0.0)
             ratio_lanes += ratio
             if TERM == _GSPO:
                 square_lanes += ratio * ratio
                 lowest = ratio
                 highest = ratio
             else:
-                square_lanes += _row(partials, SUM_RATIO_SQUARED, start, count, BLOCK)
-                lowest = _row(partials, SUM_RATIO_MIN, start, count, BLOCK)
-                highest = _row(partials, SUM_RATIO_MAX, start, count, BLOCK)
+                square_lanes += _of_each(partials, SUM_RATIO_SQUARED, start, count, BLOCK)
+                lowest = _of_each(partials, SUM_RATIO_MIN, start, count, BLOCK)
+                highest = _of_each(partials, SUM_RATIO_MAX, start, count, BLOCK)
             min_lanes = tl.where(some & (lowest < min_lanes), lowest, min_lanes)
             max_lanes = tl.where(some & (highest > max_lanes), highest, max_lanes)
         if REF:
-            kl_lanes += _row(partials, SUM_KL, start, count, BLOCK)
-            penalty_lanes += _row(partials, SUM_PENALTY, start, count, BLOCK) / shares
+            kl_lanes += _of_each(partials, SUM_KL, start, count, BLOCK)
+            penalty_lanes += _of_each(partials, SUM_PENALTY, start, count, BLOCK) / shares
         if ENTROPY:
-            entropy = _row(partials, SUM_ENTROPY, start, count, BLOCK)
+            entropy = _of_each(partials, SUM_ENTROPY, start, count, BLOCK)
             entropy_lanes += entropy
             bonus_lanes += entropy / shares
         if ROLLOUT:
-            gap_lanes += _row(partials, SUM_GAP, start, count, BLOCK)
-            gap_max = _row(partials, SUM_GAP_MAX, start, count, BLOCK)
+            gap_lanes += _of_each(partials, SUM_GAP, start, count, BLOCK)
+            gap_max = _of_each(partials, SUM_GAP_MAX, start, count, BLOCK)
             gap_max_lanes = tl.where(gap_max > gap_max_lanes, gap_max, gap_max_lanes)
-            rollout_kl_lanes += _row(partials, SUM_ROLLOUT_KL, start, count, BLOCK)
+            rollout_kl_lanes += _of_each(partials, SUM_ROLLOUT_KL, start, count, BLOCK)
             if CORRECTS:
-                tis_lanes += _row(partials, SUM_TIS, start, count, BLOCK)
-                icepop_lanes += _row(partials, SUM_ICEPOP, start, count, BLOCK)
+                tis_lanes += _of_each(partials, SUM_TIS, start, count, BLOCK)
+                icepop_lanes += _of_each(partials, SUM_ICEPOP, start, count, BLOCK)
 
     total = tl.sum(tokens_lanes, axis=0)
     answers = tl.sum(sequence_lanes, axis=0).to(tl.float64)

@@ -12,6 +12,7 @@ whole, read two arrays before; the former go over their gradient once more after
 import triton
 import triton.language as tl
 from irlfast.kernels._policy_sums import (
+    PARTIALS,
     SUM_APPROX_KL,
     SUM_CLIP_HIGH,
     SUM_CLIP_LOW,
@@ -42,7 +43,8 @@ from irlfast.kernels._segments import (
     zero_outside,
 )
 
-BLOCK = 1024
+# Tokens by the bytes of a number: 16 bytes of every array a thread, and 8 where more would not fit its registers.
+BLOCK = {4: 1024, 8: 256}
 NUM_WARPS = 8
 
 # As irlfast/ops/policy_terms.py numbers them.
@@ -105,8 +107,8 @@ def _kl(d, ratio, moves, KL: tl.constexpr):
 
 
 @triton.jit
-def _save(partials, which, sequence, count, value):
-    tl.store(partials + which * count + sequence, value)
+def _save(sums, which, value):
+    tl.store(sums + which, value)
 
 
 @triton.jit(
@@ -149,12 +151,11 @@ def policy_terms_sweep(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """slopes and entropy_slopes [tokens] or None; partials [PARTIALS, sequences] float64. Options: float64 as bits.
+    """slopes and entropy_slopes [tokens] or None; partials [sequences, PARTIALS] float64. Options: float64 as bits.
 
     Inputs share float32 or float64; all but logprobs and advantages may be None. Flags are options that are on.
     """
     sequence = tl.program_id(0)
-    count = tl.num_programs(0).to(tl.int64)
     real = logprobs.dtype.element_ty
     first, last = segment_bounds(offsets, width, total, sequence, ALIGNED)
     if slopes is not None:
@@ -314,29 +315,30 @@ def policy_terms_sweep(
             if entropy_slopes is not None:
                 tl.store(entropy_slopes + index, zeros, mask=index < last)
 
-    _save(partials, SUM_TOKENS, sequence, count, tokens)
-    _save(partials, SUM_POLICY, sequence, count, tl.sum(policy, axis=0))
+    sums = partials + sequence.to(tl.int64) * PARTIALS
+    _save(sums, SUM_TOKENS, tokens)
+    _save(sums, SUM_POLICY, tl.sum(policy, axis=0))
     if TERM != _REINFORCE:
-        _save(partials, SUM_CLIP_LOW, sequence, count, tl.sum(clips_low, axis=0).to(tl.float64))
-        _save(partials, SUM_CLIP_HIGH, sequence, count, tl.sum(clips_high, axis=0).to(tl.float64))
+        _save(sums, SUM_CLIP_LOW, tl.sum(clips_low, axis=0).to(tl.float64))
+        _save(sums, SUM_CLIP_HIGH, tl.sum(clips_high, axis=0).to(tl.float64))
     if old is not None:
-        _save(partials, SUM_APPROX_KL, sequence, count, tl.sum(approx_kl, axis=0))
+        _save(sums, SUM_APPROX_KL, tl.sum(approx_kl, axis=0))
         if TERM == _GSPO:
-            _save(partials, SUM_RATIO, sequence, count, sequence_ratio)
+            _save(sums, SUM_RATIO, sequence_ratio)
         else:
-            _save(partials, SUM_RATIO, sequence, count, tl.sum(ratios, axis=0))
-            _save(partials, SUM_RATIO_SQUARED, sequence, count, tl.sum(ratio_squares, axis=0))
-            _save(partials, SUM_RATIO_MIN, sequence, count, tl.min(ratio_min, axis=0).to(tl.float64))
-            _save(partials, SUM_RATIO_MAX, sequence, count, tl.max(ratio_max, axis=0).to(tl.float64))
+            _save(sums, SUM_RATIO, tl.sum(ratios, axis=0))
+            _save(sums, SUM_RATIO_SQUARED, tl.sum(ratio_squares, axis=0))
+            _save(sums, SUM_RATIO_MIN, tl.min(ratio_min, axis=0).to(tl.float64))
+            _save(sums, SUM_RATIO_MAX, tl.max(ratio_max, axis=0).to(tl.float64))
     if ref is not None:
-        _save(partials, SUM_KL, sequence, count, tl.sum(kls, axis=0))
-        _save(partials, SUM_PENALTY, sequence, count, tl.sum(penalties, axis=0))
+        _save(sums, SUM_KL, tl.sum(kls, axis=0))
+        _save(sums, SUM_PENALTY, tl.sum(penalties, axis=0))
     if entropy is not None:
-        _save(partials, SUM_ENTROPY, sequence, count, tl.sum(entropies, axis=0))
+        _save(sums, SUM_ENTROPY, tl.sum(entropies, axis=0))
     if rollout is not None:
-        _save(partials, SUM_GAP, sequence, count, tl.sum(gaps, axis=0))
-        _save(partials, SUM_GAP_MAX, sequence, count, tl.max(gap_max, axis=0).to(tl.float64))
-        _save(partials, SUM_ROLLOUT_KL, sequence, count, tl.sum(rollout_kl, axis=0))
+        _save(sums, SUM_GAP, tl.sum(gaps, axis=0))
+        _save(sums, SUM_GAP_MAX, tl.max(gap_max, axis=0).to(tl.float64))
+        _save(sums, SUM_ROLLOUT_KL, tl.sum(rollout_kl, axis=0))
         if TIS or ICEPOP:
-            _save(partials, SUM_TIS, sequence, count, tl.sum(capped_tokens, axis=0).to(tl.float64))
-            _save(partials, SUM_ICEPOP, sequence, count, tl.sum(outside_tokens, axis=0).to(tl.float64))
+            _save(sums, SUM_TIS, tl.sum(capped_tokens, axis=0).to(tl.float64))
+            _save(sums, SUM_ICEPOP, tl.sum(outside_tokens, axis=0).to(tl.float64))

@@ -49,7 +49,7 @@ def sweep_triton(
     slopes = torch.empty_like(logprobs) if with_gradient else None
     bonus = with_gradient and entropy is not None and entropy_coef != 0
     entropy_slopes = torch.empty_like(logprobs) if bonus else None
-    partials = logprobs.new_empty((sums.PARTIALS, count), dtype=torch.float64)
+    partials = logprobs.new_empty((count, sums.PARTIALS.value), dtype=torch.float64)
     loss, metrics, scale = logprobs.new_empty(()), logprobs.new_empty((sums.METRICS,)), logprobs.new_empty(())
     with on_device(logprobs):
         if count:
@@ -85,7 +85,7 @@ def sweep_triton(
                 ICEPOP=icepop_high > 0,
                 SEQUENCE_CORRECTION=sequence_correction and (tis_cap > 0 or icepop_high > 0),
                 ALIGNED=width % 16 == 0,
-                BLOCK=kernels.BLOCK,
+                BLOCK=kernels.BLOCK[logprobs.element_size()],
                 num_warps=kernels.NUM_WARPS,
             )
         sums.policy_terms_report[(1,)](
