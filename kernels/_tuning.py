@@ -8,7 +8,7 @@ every batch.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 
@@ -46,7 +46,7 @@ def target_name(backend: str, arch: int | str) -> str:
     return f"sm_{arch}" if backend == "cuda" else str(arch).partition(":")[0]
 
 
-@lru_cache(maxsize=None)
+@cache
 def config(kernel: str, target: str, element_bytes: int, vocab: int) -> Config:
     """The launch configuration for rows of `vocab` logits; a newer NVIDIA GPU takes the entry of the last one known."""
     if target.startswith("sm_") and target not in TARGETS:

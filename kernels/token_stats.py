@@ -229,7 +229,7 @@ def token_stats_backward(
         here = upstream
         if LABELS > 1:  # a label that is repeated in its row receives all that its repeats do
             here = tl.zeros([LABELS], tl.float32)
-            for j in range(0, labels_per_row):
+            for j in range(labels_per_row):
                 other_label = tl.load(labels + row * labels_per_row + j)
                 if grad_logprob is not None:
                     of_other = tl.load(grad_logprob + row * labels_per_row + j)

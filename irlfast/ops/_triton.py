@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +48,7 @@ def triton_unavailable(tensor: Tensor) -> str | None:
     return None
 
 
-@lru_cache(maxsize=1)
+@cache
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on tensors of the CPU; settled when Triton is imported."""
     import triton
@@ -58,7 +58,7 @@ def interpreted() -> bool:
     return not isinstance(token_stats.token_stats_forward, triton.JITFunction)
 
 
-@lru_cache(maxsize=None)
+@cache
 def target_of(device_index: int) -> str:
     """What kernels on that GPU are compiled for, as the tuning table names it."""
     from triton.runtime import driver
@@ -70,7 +70,7 @@ def target_of(device_index: int) -> str:
     return target_name(target.backend, target.arch)
 
 
-@lru_cache(maxsize=None)
+@cache
 def block_for(kernel: str, device_index: int | None, element_bytes: int, vocab: int) -> Block:
     """The configuration of the tuning table; None for the CPU, whose interpreter takes the fallback."""
     from irlfast.kernels._tuning import config

@@ -66,5 +66,5 @@ def error(ours: Tensor, exact: Tensor, relative: float = 0.0) -> float:
 
 
 def rounding(dtype: torch.dtype, device: str) -> float:
-    """The relative error of a result that is rounded to its dtype: to nearest, but the interpreter cuts bfloat16 off."""
+    """The relative error that rounding to a dtype makes: to nearest, but the interpreter cuts bfloat16 off."""
     return _HALF_SPACING[dtype] * (2 if device == "cpu" and dtype == torch.bfloat16 else 1)
