@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from irlfast.kernels._segments import number
 
 BLOCK = 256

@@ -10,6 +10,7 @@ a masked token's map is the identity. All in float64.
 
 import triton
 import triton.language as tl
+
 from irlfast.kernels._segments import load_mask, load_tokens, number, segment_bounds, zero_outside
 
 BLOCK = 512

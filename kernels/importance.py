@@ -7,6 +7,7 @@ sum: a group's fit the cache.
 
 import triton
 import triton.language as tl
+
 from irlfast.kernels._segments import at_least, at_most, number, segment_bounds
 
 BLOCK = 512

@@ -11,6 +11,7 @@ whole, read two arrays before; the former go over their gradient once more after
 
 import triton
 import triton.language as tl
+
 from irlfast.kernels._policy_sums import (
     PARTIALS,
     SUM_APPROX_KL,

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from irlfast.kernels._segments import count_tokens, load_mask, load_tokens, segment_bounds, zero_outside
 
 BLOCK = 1024

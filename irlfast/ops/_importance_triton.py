@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from irlfast.ops._segments_triton import bits, on_device
+from irlfast.ops._segments_triton import bits
+from irlfast.ops._triton import on_device
 
 
 def _sorted(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from irlfast.ops._segments_triton import bits, layout, on_device, words
+from irlfast.ops._segments_triton import bits, layout, words
+from irlfast.ops._triton import on_device
 
 
 def sweep_triton(

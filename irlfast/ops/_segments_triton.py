@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import struct
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from irlfast.ops._dispatch import runs_undispatched
 from irlfast.ops._segments import MASK_WORDS, checked_offsets
+from irlfast.ops._triton import DTYPES, triton_unavailable
 
 # offsets or None, sequences, width of each without offsets, tokens.
 Layout = tuple[Tensor | None, int, int, int]
@@ -43,15 +42,6 @@ def layout(shape: torch.Size, cu_seqlens: Tensor | None) -> Layout:
     return cu_seqlens.contiguous(), cu_seqlens.shape[0] - 1, 0, shape[0]
 
 
-def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device: make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-def triton_unavailable(tensor: Tensor) -> str | None:
-    """Why the Triton kernels cannot take a tensor."""
-    import os
-
-    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the tensor is on {tensor.device}"
-    return None if tensor.is_cuda or runs_undispatched(tensor) else "traced"
+def triton_takes(tensor: Tensor) -> str | None:
+    """Why the Triton kernels over segments, which know float64 too, cannot take a tensor."""
+    return triton_unavailable(tensor, (*DTYPES, torch.float64))

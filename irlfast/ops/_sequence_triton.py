@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from irlfast.ops._dispatch import statistics_dtype
-from irlfast.ops._segments_triton import layout, on_device, words
+from irlfast.ops._segments_triton import layout, words
+from irlfast.ops._triton import on_device
 
 
 def forward_triton(logprobs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, mean: bool) -> Tensor:

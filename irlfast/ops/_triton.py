@@ -27,12 +27,12 @@ class Block(NamedTuple):
     num_stages: int
 
 
-def triton_unavailable(tensor: Tensor) -> str | None:
+def triton_unavailable(tensor: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:
     """Why the Triton kernels cannot take a tensor."""
     if not _INSTALLED:
         return 'Triton is not installed: pip install "irlfast[gpu]"'
-    if tensor.dtype not in DTYPES:
-        return f"the tensor is {tensor.dtype}, the kernel takes {', '.join(map(str, DTYPES))}"
+    if tensor.dtype not in dtypes:
+        return f"the tensor is {tensor.dtype}, the kernel takes {', '.join(map(str, dtypes))}"
     if not tensor.is_cuda and not tensor.is_cpu:
         return f"the tensor is on {tensor.device}, the kernel runs on GPUs of NVIDIA and AMD"
     if not torch.compiler.is_compiling():

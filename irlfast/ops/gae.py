@@ -36,7 +36,7 @@ from irlfast.ops._segments import (
     offsets_beside,
     require_floating,
 )
-from irlfast.ops._segments_triton import triton_unavailable
+from irlfast.ops._segments_triton import triton_takes
 
 
 class Gae(NamedTuple):
@@ -140,7 +140,7 @@ def _unavailable(kernel: Callable[[Tensor], str | None], tensor: Tensor) -> str 
 IMPLEMENTATIONS = {
     "cpu": Implementation(run=partial(_run, gae_cpu), unavailable=partial(_unavailable, cpu_kernel_unavailable)),
     "cuda": not_in_this_release("CUDA"),
-    "triton": Implementation(run=partial(_run, gae_triton), unavailable=partial(_unavailable, triton_unavailable)),
+    "triton": Implementation(run=partial(_run, gae_triton), unavailable=partial(_unavailable, triton_takes)),
     "reference": Implementation(run=gae_reference, unavailable=lambda tensor: None),
 }
 

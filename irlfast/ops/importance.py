@@ -36,7 +36,7 @@ from irlfast.ops._dispatch import (
 )
 from irlfast.ops._importance_triton import backward_triton, forward_triton
 from irlfast.ops._segments import Groups, check_groups, compute_dtype, require_floating
-from irlfast.ops._segments_triton import triton_unavailable
+from irlfast.ops._segments_triton import triton_takes
 
 
 class ImportanceWeights(NamedTuple):
@@ -291,9 +291,7 @@ def _run_reference(
 IMPLEMENTATIONS = {
     "cpu": Implementation(run=partial(_run, Kernels(forward_cpu, backward_cpu)), unavailable=cpu_kernel_unavailable),
     "cuda": not_in_this_release("CUDA"),
-    "triton": Implementation(
-        run=partial(_run, Kernels(forward_triton, backward_triton)), unavailable=triton_unavailable
-    ),
+    "triton": Implementation(run=partial(_run, Kernels(forward_triton, backward_triton)), unavailable=triton_takes),
     "reference": Implementation(run=_run_reference, unavailable=lambda tensor: None),
 }
 

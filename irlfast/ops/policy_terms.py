@@ -48,7 +48,7 @@ from irlfast.ops._segments import (
     offsets_beside,
     require_floating,
 )
-from irlfast.ops._segments_triton import triton_unavailable
+from irlfast.ops._segments_triton import triton_takes
 from irlfast.ops.kl_estimate import ESTIMATORS
 
 # Of the three enumerations and the maximum, csrc/include/irlfast/policy_terms.h has the same.
@@ -518,7 +518,7 @@ def _run(
 IMPLEMENTATIONS = {
     "cpu": Implementation(run=partial(_run, sweep_cpu), unavailable=cpu_kernel_unavailable),
     "cuda": not_in_this_release("CUDA"),
-    "triton": Implementation(run=partial(_run, sweep_triton), unavailable=triton_unavailable),
+    "triton": Implementation(run=partial(_run, sweep_triton), unavailable=triton_takes),
     "reference": Implementation(run=policy_terms_reference, unavailable=lambda tensor: None),
 }
 

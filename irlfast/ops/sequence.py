@@ -39,7 +39,7 @@ from irlfast.ops._segments import (
     require_floating,
     segment_sum,
 )
-from irlfast.ops._segments_triton import triton_unavailable
+from irlfast.ops._segments_triton import triton_takes
 from irlfast.ops._sequence_triton import backward_triton, forward_triton
 
 REDUCTIONS = ("sum", "mean")
@@ -219,9 +219,7 @@ def _run_reference(logprobs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | N
 IMPLEMENTATIONS = {
     "cpu": Implementation(run=partial(_run, Kernels(forward_cpu, backward_cpu)), unavailable=cpu_kernel_unavailable),
     "cuda": not_in_this_release("CUDA"),
-    "triton": Implementation(
-        run=partial(_run, Kernels(forward_triton, backward_triton)), unavailable=triton_unavailable
-    ),
+    "triton": Implementation(run=partial(_run, Kernels(forward_triton, backward_triton)), unavailable=triton_takes),
     "reference": Implementation(run=_run_reference, unavailable=lambda tensor: None),
 }
 
