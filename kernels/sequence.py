@@ -41,8 +41,10 @@ def sequence_backward(
     value = tl.load(upstream + sequence).to(tl.float64)
     if MEAN:
         value = value / tl.maximum(count_tokens(mask, begin, end, BLOCK), 1).to(tl.float64)
-    share = value.to(gradient.dtype.element_ty)
+    # By way of float32: from float64 to 16 bits at once the interpreter does not know.
+    kind = gradient.dtype.element_ty
+    share = value if kind == tl.float64 else value.to(tl.float32).to(kind)
     for start in range(begin, end, BLOCK):
         index = start + tl.arange(0, BLOCK)
         counts = load_mask(mask, index, index < end)
-        tl.store(gradient + index, tl.where(counts, share, 0.0).to(gradient.dtype.element_ty), mask=index < end)
+        tl.store(gradient + index, tl.where(counts, share, 0.0).to(kind), mask=index < end)
