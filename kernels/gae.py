@@ -46,8 +46,8 @@ def gae(
     returns,
     width,
     total,
-    gamma,
-    lam,
+    gamma: tl.int64,
+    lam: tl.int64,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):

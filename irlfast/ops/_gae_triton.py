@@ -40,5 +40,6 @@ def gae_triton(
                 ALIGNED=width % 16 == 0,
                 BLOCK=kernels.BLOCK,
                 num_warps=kernels.NUM_WARPS,
+                enable_fp_fusion=True,
             )
     return advantages, returns

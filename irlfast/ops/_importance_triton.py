@@ -60,6 +60,7 @@ def forward_triton(
                 RESHAPES=_reshapes(low, high, temper),
                 BLOCK=kernels.BLOCK,
                 num_warps=kernels.NUM_WARPS,
+                enable_fp_fusion=True,
             )
     if last is None:
         return weights, log_normalizer, ess
@@ -109,5 +110,6 @@ def backward_triton(
                 RESHAPES=_reshapes(low, high, temper),
                 BLOCK=kernels.BLOCK,
                 num_warps=kernels.NUM_WARPS,
+                enable_fp_fusion=True,
             )
     return gradient

@@ -88,6 +88,7 @@ def sweep_triton(
                 ALIGNED=width % 16 == 0,
                 BLOCK=kernels.BLOCK[logprobs.element_size()],
                 num_warps=kernels.NUM_WARPS,
+                enable_fp_fusion=True,
             )
         sums.policy_terms_report[(1,)](
             partials,
@@ -108,6 +109,7 @@ def sweep_triton(
             CORRECTS=tis_cap > 0 or icepop_high > 0,
             BLOCK=sums.BLOCK,
             num_warps=sums.NUM_WARPS,
+            enable_fp_fusion=True,
         )
     return loss, metrics, slopes, entropy_slopes, scale
 

@@ -29,6 +29,7 @@ def forward_triton(logprobs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | N
                 ALIGNED=width % 16 == 0,
                 BLOCK=kernels.BLOCK,
                 num_warps=kernels.NUM_WARPS,
+                enable_fp_fusion=True,
             )
     return result
 
@@ -58,5 +59,6 @@ def backward_triton(
                 ALIGNED=width % 16 == 0,
                 BLOCK=kernels.BLOCK,
                 num_warps=kernels.NUM_WARPS,
+                enable_fp_fusion=True,
             )
     return gradient

@@ -52,10 +52,11 @@ def check(
     temper: float = 1.0,
     sizes: dict[int, int] = SIZES,
     spread: float = 2.0,
+    shift: float = 0.0,
 ) -> None:
     """Float64 throughout, rounded once; values against the definition, gradients against autograd of the same."""
     log_target, log_proposal, ids = samples(sizes, spread=spread)
-    log_target, log_proposal = log_target.to(dtype), log_proposal.to(dtype)
+    log_target, log_proposal = (log_target + shift).to(dtype), log_proposal.to(dtype)
     groups = ids if grouped else None
     options: dict[str, Any] = {"groups": groups, "clip": clip, "temper": temper}
     count = len(sizes) if grouped else 1
@@ -105,6 +106,7 @@ def test_narrow_types(device: str, dtype: torch.dtype, clip: float | None) -> No
 def test_ratios_beyond_what_exp_can_hold(device: str, clip: float | None) -> None:
     torch.manual_seed(2)
     check(device, torch.float64, clip=clip, spread=3000.0)
+    check(device, torch.float64, clip=clip, shift=-3000.0)
 
 
 @pytest.mark.gpu
@@ -184,6 +186,6 @@ BREAKS = {
 def test_a_break_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     put_broken(monkeypatch, tmp_path, "importance", *BREAKS[name])
     torch.manual_seed(2)
-    # Ratios so low that exp of them is 0: a maximum of 0 would leave nothing.
+    # So low that exp of it is 0: from a maximum of 0 nothing would be left.
     with pytest.raises(AssertionError):
-        check("cpu", torch.float64, clip=2.0, sizes={k: n for k, n in SIZES.items() if k != 77}, spread=3000.0)
+        check("cpu", torch.float64, clip=1.0, temper=0.7, shift=-3000.0)
