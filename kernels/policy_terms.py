@@ -44,9 +44,9 @@ from irlfast.kernels._segments import (
     zero_outside,
 )
 
-# Tokens by the bytes of a number: 16 bytes of every array a thread, and 8 where more would not fit its registers.
+# By the bytes of a number: 16 bytes of every array a thread (of AMD, whose warps are twice as wide, 8).
 BLOCK = {4: 1024, 8: 256}
-NUM_WARPS = 8
+NUM_WARPS = {4: 8, 8: 4}
 
 # As irlfast/ops/policy_terms.py numbers them.
 _REINFORCE = tl.constexpr(0)
@@ -171,14 +171,14 @@ def policy_terms_sweep(
     tokens = (end - begin).to(tl.float64)
     if mask is not None:
         tokens = count_tokens(mask, begin, end, BLOCK).to(tl.float64)
-    divisor = tl.maximum(tokens, 1.0)
+    inverse = 1 / tl.maximum(tokens, 1.0)
     weight = tl.full([], 1.0, dtype=tl.float64)
     if MEAN_OF_TOKENS:
-        weight = 1 / divisor
+        weight = inverse
     sequence_ratio = tl.full([], 1.0, dtype=tl.float64)
     sequence_moves = tokens >= 0
     if TERM == _GSPO:
-        mean = _difference(logprobs, old, mask, begin, end, BLOCK) / divisor
+        mean = _difference(logprobs, old, mask, begin, end, BLOCK) * inverse
         held_mean = at_least(at_most(mean, _MAX_LOG_RATIO), -_MAX_LOG_RATIO)
         sequence_ratio, _ = exp_accurate(held_mean)
         sequence_moves = held_mean == mean
@@ -299,7 +299,7 @@ def policy_terms_sweep(
 
     if TERM == _GSPO and slopes is not None:
         # The ratio is that of a mean over the tokens: each has the same share in it.
-        share = (weight * tl.sum(term_slopes, axis=0) / divisor).to(real)
+        share = (weight * tl.sum(term_slopes, axis=0) * inverse).to(real)
         tl.debug_barrier()  # a thread may read what another has written
         for start in range(begin, end, BLOCK):
             index = start + tl.arange(0, BLOCK)

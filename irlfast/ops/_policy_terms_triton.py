@@ -87,7 +87,7 @@ def sweep_triton(
                 SEQUENCE_CORRECTION=sequence_correction and (tis_cap > 0 or icepop_high > 0),
                 ALIGNED=width % 16 == 0,
                 BLOCK=kernels.BLOCK[logprobs.element_size()],
-                num_warps=kernels.NUM_WARPS,
+                num_warps=kernels.NUM_WARPS[logprobs.element_size()],
                 enable_fp_fusion=True,
             )
         sums.policy_terms_report[(1,)](

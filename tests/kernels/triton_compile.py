@@ -35,7 +35,17 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
 _NVIDIA_ACCESS = re.compile(r"\b(LD|ST)G\.E((?:\.[A-Z0-9_]+)*)")
 _NVIDIA_BYTES = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 _AMD_ACCESS = re.compile(r"^\s*(?:global|buffer|flat)_(load|store)_(\w+)")
-_AMD_BYTES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "ushort": 2, "sshort": 2, "byte": 1}
+_AMD_BYTES = {
+    "dwordx4": 16,
+    "dwordx3": 12,
+    "dwordx2": 8,
+    "dword": 4,
+    "short": 2,
+    "ushort": 2,
+    "ubyte": 1,
+    "sshort": 2,
+    "byte": 1,
+}
 
 
 @dataclass(frozen=True)
