@@ -112,7 +112,7 @@ def options_of(variant: tuple[Any, ...], term: str) -> dict[str, Any]:
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("term", TERMS)
 def test_matches_float64(device: str, term: str, aggregation: str, layout: str) -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     touched = dict.fromkeys(METRICS, 0.0)
     for variant in VARIANTS[::3] if layout == "padded" else VARIANTS[1:3]:
         spread = 0.05 if variant[0] == "sequence" else 0.4

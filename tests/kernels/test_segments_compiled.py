@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton_compile import TARGETS, Compiled, compile_only
+
+from irlfast import ops
 
 # Sequences of a multiple of 16 tokens begin at 16 bytes; others do not.
 ROWS, ALIGNED, ODD = 4, 64, 37
@@ -161,3 +164,16 @@ def test_lengths_and_options_are_not_compiled_in(name: str) -> None:
             for width, options in zip(widths, ({}, others.get(name, {})), strict=True)
         )
         assert [x.key for x in first] == [x.key for x in second]
+
+
+def test_traced_for_a_gpu_that_is_not_there() -> None:
+    """impl="auto" takes the registered ops, whose shapes follow without data."""
+    with FakeTensorMode():
+        logprobs, rewards = torch.empty(4, 8, device="cuda"), torch.empty(4, device="cuda")
+        offsets = torch.empty(5, dtype=torch.int32, device="cuda")
+        loss, metrics = ops.policy_terms(logprobs, rewards, term="ppo", old_logprobs=logprobs)
+        sums = ops.sequence_logprobs(logprobs.reshape(-1), cu_seqlens=offsets)
+        weights, log_normalizer, ess = ops.importance_weights(logprobs.reshape(-1), logprobs.reshape(-1))
+    outputs = (loss, metrics, sums, weights, log_normalizer, ess)
+    assert {x.device.type for x in outputs} == {"cuda"}
+    assert [tuple(x.shape) for x in outputs] == [(), (18,), (4,), (32,), (1,), (1,)]
