@@ -37,14 +37,14 @@ _outcomes: dict[str, dict[str, str]] | None = None
     params=[pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu)]
 )
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """ "cpu" or "cuda". The interpreter is slow: there every kernel gets blocks of 8 lanes, which small rows cross."""
+    """ "cpu" or "cuda". The interpreter is slow: there every kernel gets blocks of 16 lanes, which small rows cross."""
     if request.param == "cuda":
         yield "cuda"
         return
     from irlfast.kernels import _tuning
     from irlfast.ops._triton import block_for
 
-    monkeypatch.setattr(_tuning, "config", lambda kernel, target, bytes_, vocab: _tuning.Config(8 * 16 // bytes_, 4))
+    monkeypatch.setattr(_tuning, "config", lambda kernel, target, bytes_, vocab: _tuning.Config(16 * 16 // bytes_, 4))
     block_for.cache_clear()
     yield "cpu"
     block_for.cache_clear()
