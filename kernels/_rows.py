@@ -34,3 +34,10 @@ def capped(logits, softcap, SOFTCAP: tl.constexpr):
     if SOFTCAP:
         logits = softcap_value(logits, softcap)
     return logits
+
+
+@triton.jit
+def last_block(base, columns, end, softcap, SOFTCAP: tl.constexpr):
+    """The logits of the block that the row ends in. What lies beyond is -inf, as no softcap would leave it."""
+    logits = capped(tl.load(base + columns, mask=columns < end, other=0.0), softcap, SOFTCAP)
+    return tl.where(columns < end, logits, float("-inf"))

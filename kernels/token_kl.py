@@ -21,7 +21,7 @@ from irlfast.kernels._online_divergence import (
     online_divergence_reduce,
 )
 from irlfast.kernels._online_softmax import LOG2_E, online_softmax_log_sum, online_softmax_shift, softcap_slope
-from irlfast.kernels._rows import block_columns, capped, row_offset, temperature_of
+from irlfast.kernels._rows import block_columns, capped, last_block, row_offset, temperature_of
 
 
 @triton.jit
@@ -31,13 +31,6 @@ def _mixture_terms(p_logits, q_logits, p_max, p_others, q_max, q_others, scale, 
     q = tl.exp2(online_softmax_shift(q_logits, q_max, scale)) / (1.0 + q_others)
     p_log, q_log = mixture_logs(p, q, weight)
     return p * p_log, q * q_log
-
-
-@triton.jit
-def _rest(base, columns, end, softcap, SOFTCAP: tl.constexpr):
-    """The block that the row ends in, filled up with -inf."""
-    logits = capped(tl.load(base + columns, mask=columns < end, other=0.0), softcap, SOFTCAP)
-    return tl.where(columns < end, logits, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["rows", "p_inner", "q_inner"])
@@ -85,8 +78,8 @@ def token_kl_forward(
             p_max, p_others, q_max, q_others, p_over_q, a, b, c, d, e, scale
         )
     if whole < vocab:
-        p_block = _rest(p_base, whole + columns, vocab, softcap, SOFTCAP)
-        q_block = _rest(q_base, whole + columns, vocab, softcap, SOFTCAP)
+        p_block = last_block(p_base, whole + columns, vocab, softcap, SOFTCAP)
+        q_block = last_block(q_base, whole + columns, vocab, softcap, SOFTCAP)
         a, b, c, d, e = online_divergence_of(p_block, q_block, scale, 1)
         p_max, p_others, q_max, q_others, p_over_q = online_divergence_merge(
             p_max, p_others, q_max, q_others, p_over_q, a, b, c, d, e, scale
@@ -103,8 +96,8 @@ def token_kl_forward(
             p_terms += tl.sum(p_term, 1)
             q_terms += tl.sum(q_term, 1)
         if whole < vocab:
-            p_block = _rest(p_base, whole + columns, vocab, softcap, SOFTCAP)
-            q_block = _rest(q_base, whole + columns, vocab, softcap, SOFTCAP)
+            p_block = last_block(p_base, whole + columns, vocab, softcap, SOFTCAP)
+            q_block = last_block(q_base, whole + columns, vocab, softcap, SOFTCAP)
             p_term, q_term = _mixture_terms(p_block, q_block, p_top, p_sum, q_top, q_sum, scale, weight)
             p_terms += tl.sum(p_term, 1)
             q_terms += tl.sum(q_term, 1)

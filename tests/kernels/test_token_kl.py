@@ -9,7 +9,20 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from triton_cases import BIG, PAIRS, error, near_pair, rounding, unrelated_pair
+from triton_cases import (
+    BIG,
+    PAIRS,
+    error,
+    masked_pair,
+    near_pair,
+    partly_masked_pair,
+    rising_pair,
+    rounding,
+    shifted_pair,
+    unrelated_pair,
+)
+from triton_mutation import assert_noticed
+from triton_traffic import count_traffic
 
 from irlfast.ops import token_kl, token_kl_reference
 
@@ -120,9 +133,7 @@ def test_zero_upstream_gives_zero_gradients_even_where_the_row_is_nan(device: st
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "layout", ["slice of the sequence", "slice of the vocabulary", "one row for all", "transposed"]
-)
+@pytest.mark.parametrize("layout", ["sequence slice", "vocabulary slice", "one row for all", "transposed"])
 def test_layouts(device: str, layout: str, kind: str) -> None:
     """The two sides laid out differently."""
     torch.manual_seed(4)
@@ -181,3 +192,79 @@ def test_no_rows(device: str) -> None:
     run = differentiate(token_kl, pair, torch.zeros(2, 0, device=device), impl="triton")
     assert run.kl.shape == (2, 0)
     assert run.gradient.shape == run.ref_gradient.shape == (2, 0, 7)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("kind", KINDS)
+def test_reads_each_row_once_and_writes_each_gradient_once(kind: str, small_blocks: None) -> None:
+    """Jensen-Shannon, whose mixture needs both normalisers, reads each twice in the forward pass."""
+    pair = [x.to(torch.bfloat16).requires_grad_() for x in near_pair(3, 131)]
+    row = 131 * 2
+    with count_traffic() as forward:
+        kl = token_kl(*pair, kind=kind, impl="triton")
+    assert forward.launches == 1
+    assert [forward.read(x) for x in pair] == [3 * row * (2 if kind == "js" else 1)] * 2
+    with count_traffic() as backward:
+        gradients = torch.autograd.grad(kl, pair, torch.tensor([1.0, 0.0, 1.0]))
+    assert backward.launches == 1
+    assert [backward.read(x) for x in pair] == [2 * row] * 2
+    assert [backward.written(x) for x in gradients] == [3 * row] * 2
+
+
+# What is broken, how, and the test that has to notice.
+BREAKS: dict[str, tuple[str, str, str, Callable[[], None]]] = {
+    "a maximum starts at 0": (
+        "token_kl",
+        'q_max = tl.full([LANES], float("-inf"), tl.float32)',
+        "q_max = tl.zeros([LANES], tl.float32)",
+        lambda: test_matches_float64("cpu", torch.float32, 131, shifted_pair, "reverse"),
+    ),
+    "no mask on the last block": (
+        "_rows",
+        'tl.where(columns < end, logits, float("-inf"))',
+        "logits",
+        lambda: test_matches_float64("cpu", torch.float32, 131, near_pair, "forward"),
+    ),
+    "the sum is not moved when maxima rise": (
+        "_online_divergence",
+        "(p_over_q + drift * (1.0 + p_others))",
+        "p_over_q",
+        lambda: test_matches_float64("cpu", torch.float32, 131, rising_pair, "reverse"),
+    ),
+    "infinite differences": (
+        "_online_divergence",
+        "tl.maximum(below - _below(q_logits, q_max), -_HUGE)",
+        "below - _below(q_logits, q_max)",
+        lambda: test_matches_float64("cpu", torch.float32, 131, masked_pair, "reverse"),
+    ),
+    "an infinite divergence has a gradient": (
+        "token_kl",
+        'zero |= tl.abs(of_p) == float("inf")',
+        "zero |= False",
+        lambda: test_matches_float64("cpu", torch.float32, 131, partly_masked_pair, "reverse"),
+    ),
+    "no log of the normalisers": (
+        "_online_divergence",
+        "temperature) - log_ratio",
+        "temperature)",
+        lambda: test_matches_float64("cpu", torch.float32, 131, unrelated_pair, "reverse"),
+    ),
+    "weights of the mixture exchanged": (
+        "_online_divergence",
+        "weight * p + (1.0 - weight) * q",
+        "weight * q + (1.0 - weight) * p",
+        lambda: test_temperature_of_each_row_softcap_and_weight("cpu", near_pair, "js"),
+    ),
+    "the gradient without the divergence": (
+        "token_kl",
+        "by_logit * (log_ratio + of_p)",
+        "by_logit * log_ratio",
+        lambda: test_matches_float64("cpu", torch.float32, 131, unrelated_pair, "forward"),
+    ),
+}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("what", BREAKS)
+def test_a_broken_kernel_is_noticed(what: str, small_blocks: None) -> None:
+    assert_noticed(*BREAKS[what])
