@@ -27,43 +27,13 @@ from irlfast.kernels._online_softmax import (
     online_softmax_of,
     online_softmax_reduce,
     softcap_slope,
-    softcap_value,
 )
+from irlfast.kernels._rows import block_columns, capped, last_block, row_offset, temperature_of
 
 
 @triton.jit
-def row_offset(row, inner, outer_stride, inner_stride):
-    """Where a row begins, in 64 bits."""
-    return (row // inner) * outer_stride + (row % inner) * inner_stride
-
-
-@triton.jit
-def temperature_of(row, row_temperature, temperature):
-    """T of a row, NaN where it is no positive number."""
-    if row_temperature is not None:
-        temperature = tl.load(row_temperature + row)
-        temperature = tl.where((temperature > 0.0) & (temperature < float("inf")), temperature, float("nan"))
-    return temperature
-
-
-@triton.jit
-def block_columns(LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """[LANES, VECTOR]: the columns of a block."""
-    return tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-
-
-@triton.jit
-def capped(logits, softcap, SOFTCAP: tl.constexpr):
-    """Logits as the statistics see them: float32, after the softcap where there is one."""
-    logits = logits.to(tl.float32)
-    if SOFTCAP:
-        logits = softcap_value(logits, softcap)
-    return logits
-
-
-@triton.jit
-def _add_block(block_logits, max, others, weighted, scale, softcap, SOFTCAP: tl.constexpr, WEIGHTED: tl.constexpr):
-    logits = capped(block_logits, softcap, SOFTCAP)
+def _add_block(logits, max, others, weighted, scale, WEIGHTED: tl.constexpr):
+    """The lanes' summaries with a block of logits added."""
     b_max, b_others, b_weighted = online_softmax_of(logits, scale, 1, WEIGHTED)
     return online_softmax_merge(max, others, weighted, b_max, b_others, b_weighted, scale)
 
@@ -120,16 +90,11 @@ def token_stats_forward(
     BLOCK: tl.constexpr = LANES * VECTOR
     whole = end // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
-        lane_max, lane_others, lane_weighted = _add_block(
-            tl.load(base + start + columns), lane_max, lane_others, lane_weighted, scale, softcap, SOFTCAP, WEIGHTED
-        )
+        block = capped(tl.load(base + start + columns), softcap, SOFTCAP)
+        lane_max, lane_others, lane_weighted = _add_block(block, lane_max, lane_others, lane_weighted, scale, WEIGHTED)
     if whole < end:
-        rest = tl.load(base + whole + columns, mask=whole + columns < end, other=float("-inf"))
-        # The softcap would make a finite logit of the -inf that fills the block up.
-        rest = tl.where(whole + columns < end, capped(rest, softcap, SOFTCAP), float("-inf"))
-        lane_max, lane_others, lane_weighted = _add_block(
-            rest, lane_max, lane_others, lane_weighted, scale, softcap, False, WEIGHTED
-        )
+        block = last_block(base, whole + columns, end, softcap, SOFTCAP)
+        lane_max, lane_others, lane_weighted = _add_block(block, lane_max, lane_others, lane_weighted, scale, WEIGHTED)
     max, others, weighted = online_softmax_reduce(lane_max, lane_others, lane_weighted, scale, 0)
 
     log_sum = online_softmax_log_sum(max, others)

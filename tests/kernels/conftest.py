@@ -14,7 +14,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -33,27 +35,33 @@ _report: Path | None = None
 _outcomes: dict[str, dict[str, str]] | None = None
 
 
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The interpreter is slow: every kernel gets blocks of 16 lanes, which small rows cross."""
+    from irlfast.ops import _triton
+
+    monkeypatch.setattr(_triton, "as_block", lambda config, bytes_: _triton.Block(16, 16 // bytes_, 4, 1))
+    _triton.block_for.cache_clear()
+    yield
+    _triton.block_for.cache_clear()
+
+
 @pytest.fixture(
     params=[pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu)]
 )
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """ "cpu" or "cuda". The interpreter is slow: there every kernel gets blocks of 8 lanes, which small rows cross."""
-    if request.param == "cuda":
-        yield "cuda"
-        return
-    from irlfast.kernels import _tuning
-    from irlfast.ops._triton import block_for
-
-    monkeypatch.setattr(_tuning, "config", lambda kernel, target, bytes_, vocab: _tuning.Config(8 * 16 // bytes_, 4))
-    block_for.cache_clear()
-    yield "cpu"
-    block_for.cache_clear()
+def device(request: pytest.FixtureRequest) -> str:
+    """ "cpu", in the interpreter with small blocks, or "cuda"."""
+    if request.param == "cpu":
+        request.getfixturevalue("small_blocks")
+    return str(request.param)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # What the interpreter computes on purpose, such as inf - inf, numpy warns of.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton")
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:numpy")
+    if INTERPRETING and INSTALLED:
+        _patch_language_once_a_launch()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -111,6 +119,34 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if outcome["outcome"] == "failed":
         pytest.fail(outcome["text"], pytrace=False)
     return True
+
+
+def _patch_language_once_a_launch() -> None:
+    """The interpreter patches triton.language anew with every call of a function, which takes half its time."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[str] = set()
+
+    def patch_once(function: Any) -> Any:
+        seen = {name for name, module in (("tl", tl), ("core", tl.core)) if module in _modules(function)}
+        if seen <= patched:
+            return interpreter._LangPatchScope()
+        patched.update(seen)
+        return patch(function)
+
+    def launch_patched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patched.clear()  # the last launch undid it
+        return launch(self, *args, **kwargs)
+
+    interpreter._patch_lang = patch_once
+    interpreter.GridExecutor.__call__ = launch_patched
+
+
+@cache
+def _modules(function: Any) -> list[ModuleType]:
+    return [value for value in function.__globals__.values() if isinstance(value, ModuleType)]
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

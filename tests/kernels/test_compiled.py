@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 from triton_compile import TARGETS, Compiled, compile_only
+from triton_mutation import assert_noticed
 
-DTYPES = {2: torch.bfloat16, 4: torch.float32}
+from irlfast import _native
+from irlfast.ops import _token_kl_triton, _token_stats_triton
+from irlfast.ops._triton import Block, as_block
+
+if TYPE_CHECKING:
+    from irlfast.kernels._tuning import Config
+
+DTYPES = [torch.float32, torch.bfloat16]
 # Of a narrow row of the table and of a wide one; multiples of 16, so that every row begins at 16 bytes.
 NARROW, WIDE = 4096, 128256
 
@@ -31,64 +38,147 @@ def token_stats_forward(
     softcap: float = 0.0,
     temperature: float = 1.0,
 ) -> None:
-    from irlfast.ops._token_stats_triton import statistics_triton
-
     logits, labels = _arguments(dtype, vocab)
-    statistics_triton(logits, labels, None, temperature, softcap, -100, distribution, with_state=True, block=block)
+    _token_stats_triton.statistics_triton(
+        logits, labels, None, temperature, softcap, -100, distribution, with_state=True, block=block
+    )
 
 
 def token_stats_backward(
     dtype: torch.dtype, vocab: int, block: Any, *, inplace: bool = False, softcap: float = 0.0, temperature: float = 1.0
 ) -> None:
-    from irlfast.ops._token_stats_triton import backward_triton
-
     logits, labels = _arguments(dtype, vocab)
     grads = [torch.zeros(ROWS)] * 3
     gradient = logits if inplace else None
-    backward_triton(
+    _token_stats_triton.backward_triton(
         logits, labels, None, temperature, softcap, -100, torch.zeros(3, ROWS), *grads, gradient=gradient, block=block
+    )
+
+
+def token_kl_forward(
+    dtype: torch.dtype, vocab: int, block: Any, *, kind: str = "reverse", softcap: float = 0.0, temperature: float = 1.0
+) -> None:
+    pair = [_arguments(dtype, vocab)[0] for _ in range(2)]
+    _token_kl_triton.forward_triton(*pair, None, temperature, softcap, _native.DIVERGENCES[kind], 0.5, block=block)
+
+
+def token_kl_backward(
+    dtype: torch.dtype, vocab: int, block: Any, *, kind: str = "reverse", softcap: float = 0.0, temperature: float = 1.0
+) -> None:
+    pair = [_arguments(dtype, vocab)[0] for _ in range(2)]
+    state, upstream = torch.zeros(6, ROWS, dtype=torch.float64), torch.zeros(ROWS)
+    code = _native.DIVERGENCES[kind]
+    _token_kl_triton.backward_triton(
+        *pair, None, temperature, softcap, code, 0.5, state, upstream, True, True, block=block
     )
 
 
 Launch = Callable[..., None]
 
-# Function -> operation of the tuning table, rows of logits read and written.
-PASSES: dict[Launch, tuple[str, int, int]] = {
-    token_stats_forward: ("token_stats", 1, 0),
-    token_stats_backward: ("token_stats", 1, 1),
+
+class Pass(NamedTuple):
+    """A launch, and what each logit's place in a row is read and written for."""
+
+    launch: Launch
+    operation: str  # in the tuning table
+    reads: int
+    writes: int
+    options: dict[str, Any]
+
+
+PASSES = {
+    "token_stats forward": Pass(token_stats_forward, "token_stats", 1, 0, {}),
+    "token_stats forward, softcap": Pass(token_stats_forward, "token_stats", 1, 0, {"softcap": 30.0}),
+    "token_stats forward, log-prob alone": Pass(token_stats_forward, "token_stats", 1, 0, {"distribution": False}),
+    "token_stats backward": Pass(token_stats_backward, "token_stats", 1, 1, {}),
+    "token_stats backward, softcap": Pass(token_stats_backward, "token_stats", 1, 1, {"softcap": 30.0}),
+    "token_stats backward, in place": Pass(token_stats_backward, "token_stats", 1, 1, {"inplace": True}),
+    "token_kl forward": Pass(token_kl_forward, "token_kl", 2, 0, {}),
+    "token_kl forward, js": Pass(token_kl_forward, "token_kl", 2, 0, {"kind": "js"}),
+    "token_kl forward, js, softcap": Pass(token_kl_forward, "token_kl", 2, 0, {"kind": "js", "softcap": 30.0}),
+    "token_kl backward": Pass(token_kl_backward, "token_kl", 2, 2, {}),
+    "token_kl backward, js": Pass(token_kl_backward, "token_kl", 2, 2, {"kind": "js"}),
+    "token_kl backward, js, softcap": Pass(token_kl_backward, "token_kl", 2, 2, {"kind": "js", "softcap": 30.0}),
 }
 
 
-def compile_pass(launch: Launch, target: str, dtype: torch.dtype, vocab: int, **options: Any) -> Compiled:
+KERNELS = ["token_stats forward", "token_stats backward", "token_kl forward", "token_kl backward"]
+
+
+def compile_pass(name: str, target: str, dtype: torch.dtype, vocab: int, **options: Any) -> tuple[Compiled, Config]:
     """The one launch of a pass, in the configuration of the table."""
     from irlfast.kernels._tuning import config
-    from irlfast.ops._triton import as_block
 
-    entry = config(PASSES[launch][0], target, dtype.itemsize, vocab)
+    which = PASSES[name]
+    entry = config(which.operation, target, dtype.itemsize, vocab)
     with compile_only(target) as launches:
-        launch(dtype, vocab, as_block(entry, dtype.itemsize), **options)
+        which.launch(dtype, vocab, as_block(entry, dtype.itemsize), **{**which.options, **options})
     (only,) = launches
     assert only.grid == (ROWS,)
-    return only
+    return only, entry
 
 
-@pytest.mark.parametrize("softcap", [0.0, 30.0])
-@pytest.mark.parametrize("vocab", [NARROW, WIDE])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+# Each pass in each entry of the table; what is more, in those of wide rows.
+CASES = [(name, WIDE) for name in PASSES] + [(name, NARROW) for name in KERNELS]
+
+
+@pytest.mark.parametrize(("name", "vocab"), CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("launch", PASSES)
-def test_nothing_is_spilled_and_accesses_are_wide(
-    launch: Launch, target: str, dtype: torch.dtype, vocab: int, softcap: float
-) -> None:
-    compiled = compile_pass(launch, target, dtype, vocab, softcap=softcap)
+def test_nothing_is_spilled_and_accesses_are_wide(name: str, target: str, dtype: torch.dtype, vocab: int) -> None:
+    compiled, entry = compile_pass(name, target, dtype, vocab)
+    print(compiled)  # pytest -rP shows registers and shared memory
     assert compiled.spills == 0
     assert compiled.registers <= 128
-    assert compiled.shared <= 1024
-    # What a loop reads and writes: a block, 16 bytes a thread and instruction, once.
-    from irlfast.kernels._tuning import config
+    assert compiled.shared <= 4096
+    # The loop over whole blocks reads and writes each logit once, 16 bytes a thread and instruction.
+    accesses = entry.block * dtype.itemsize // (16 * compiled.threads)
+    expected = {("load", 16): PASSES[name].reads * accesses, ("store", 16): PASSES[name].writes * accesses}
+    assert {access: count for access, count in expected.items() if count} in compiled.loop_accesses
 
-    operation, reads, writes = PASSES[launch]
-    accesses = config(operation, target, dtype.itemsize, vocab).block * dtype.itemsize // (16 * compiled.threads)
-    loops = compiled.loop_accesses
-    print(launch.__name__, target, dtype, vocab, softcap, compiled.registers, compiled.shared, loops, accesses)
-    assert Counter({("load", 16): reads * accesses, ("store", 16): writes * accesses}) - Counter() in loops
+
+def test_rows_that_begin_at_odd_addresses_are_read_in_narrow_pieces() -> None:
+    """What the tuning table cannot help: no load of 16 bytes may begin between two multiples of 16."""
+    with compile_only("sm_90") as launches:
+        token_stats_forward(torch.bfloat16, 50257, Block(512, 8, 8, 1))
+    (loop,) = launches[0].loop_accesses
+    assert set(loop) == {("load", 2)}
+    assert launches[0].spills == 0
+
+
+def assert_one_kernel(name: str) -> None:
+    """Temperature, softcap's value, the batch and its number of labels make no new kernel."""
+    which = PASSES[name]
+    with compile_only("sm_90") as launches:
+        for temperature, softcap in ((1.0, 30.0), (0.7, 50.0), (1.0, 1.0)):
+            options = {**which.options, "softcap": softcap}
+            which.launch(torch.bfloat16, NARROW, Block(64, 8, 2, 1), **options, temperature=temperature)
+    assert len({launch.key for launch in launches}) == 1
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_temperature_and_softcap_make_no_new_kernel(name: str) -> None:
+    assert_one_kernel(name)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_temperature_as_a_constant_is_noticed(name: str) -> None:
+    old, new = "    temperature,\n    softcap,\n", "    temperature: tl.constexpr,\n    softcap,\n"
+    assert_noticed(PASSES[name].operation, old, new, lambda: assert_one_kernel(name))
+
+
+def test_the_number_of_rows_makes_no_new_kernel() -> None:
+    block = Block(64, 8, 2, 1)
+    with compile_only("sm_90") as launches:
+        for rows in (1, 2, 16, 17, 70_000):
+            logits = torch.zeros(1, 4096, dtype=torch.bfloat16).expand(rows, 4096)
+            labels, grads = torch.zeros(rows, dtype=torch.int64), [torch.zeros(rows)] * 3
+            gradient = torch.zeros(1, 4096, dtype=torch.bfloat16).expand(rows, 4096)  # not run, so not written
+            options = (None, 1.0, 0.0, -100)
+            state = _token_stats_triton.statistics_triton(logits, labels, *options, True, with_state=True, block=block)[
+                3
+            ]
+            assert state is not None
+            _token_stats_triton.backward_triton(logits, labels, *options, state, *grads, gradient=gradient, block=block)
+    assert [launch.grid[0] for launch in launches[::2]] == [1, 2, 16, 17, 70_000]
+    assert len({launch.key for launch in launches}) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,7 +10,20 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from triton_cases import BIG, LOGITS, VOCABULARIES, error, random_logits, rounding
+from triton_cases import (
+    BIG,
+    LOGITS,
+    VOCABULARIES,
+    certain_logits,
+    error,
+    masked_logits,
+    random_logits,
+    rounding,
+    shifted_logits,
+    tied_logits,
+)
+from triton_mutation import assert_noticed
+from triton_traffic import count_traffic
 
 from irlfast.ops import TokenStats, token_logprobs, token_stats, token_stats_reference
 
@@ -109,8 +123,8 @@ def test_confident_token_keeps_its_digits(device: str, gap: float) -> None:
     (gradient,) = torch.autograd.grad(logprob.sum(), logits)
     logprob = logprob.detach()
     others = 130 * math.exp(-gap)
-    assert float(logprob) == pytest.approx(-math.log1p(others), rel=1e-5)
-    assert float(gradient[0, 100]) == pytest.approx(others / (1 + others), rel=1e-5)
+    assert float(logprob) == pytest.approx(-math.log1p(others), rel=1e-5, abs=0)
+    assert float(gradient[0, 100]) == pytest.approx(others / (1 + others), rel=1e-5, abs=0)
 
 
 def test_ignored_rows_are_zero_and_not_read(device: str) -> None:
@@ -147,7 +161,7 @@ def test_row_without_a_distribution_is_nan_alone(device: str, vocab: int, bad: f
         assert not bool(statistic[[0, 2]].isnan().any())
 
 
-@pytest.mark.parametrize("position", [0, 31, 32, 69])
+@pytest.mark.parametrize("position", [0, 63, 64, 69])
 @pytest.mark.parametrize("rest", [0.0, -math.inf])
 def test_one_nan_logit_is_not_lost(device: str, position: int, rest: float) -> None:
     logits = torch.full((1, 70), rest, device=device)
@@ -243,6 +257,16 @@ def test_gradient_in_place_has_the_same_bits(device: str, dtype: torch.dtype, sl
     assert torch.equal(*gradients)
 
 
+def test_nothing_behind_the_rows_is_written(device: str) -> None:
+    leaf = torch.randn(2, 5, 131, device=device, requires_grad=True)
+    computed = leaf * 1
+    logits = computed[:, :-1]
+    labels = torch.zeros(2, 4, dtype=torch.long, device=device)
+    stats = token_stats(logits, labels, impl="triton", inplace_backward=True)
+    torch.autograd.grad(list(stats), logits, [torch.ones(2, 4, device=device)] * 3)
+    assert torch.equal(computed[:, -1], leaf[:, -1])
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("count", [1, 3, 4])
 def test_several_labels_a_row(device: str, count: int, inplace: bool) -> None:
@@ -309,3 +333,123 @@ def test_second_derivative_is_refused(device: str) -> None:
     (gradient,) = torch.autograd.grad(logprob.sum(), logits, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         gradient.square().sum().backward()
+
+
+def test_offsets_have_64_bits(device: str) -> None:
+    """Strides of 32 bits, and a third row beyond them. Of 4 GiB of logits the rows alone are touched."""
+    torch.manual_seed(9)
+    logits = random_logits(3, 70).to(device, torch.bfloat16)
+    far = torch.empty(2**31 + 128, dtype=torch.bfloat16, device=device).as_strided((3, 70), (2**30 + 16, 1))
+    far.copy_(logits)
+    labels = torch.tensor([3, 69, 5], device=device)
+    near = token_stats(logits, labels, impl="triton")
+    with count_traffic(far) if device == "cpu" else contextlib.nullcontext():
+        stats = token_stats(far, labels, impl="triton")
+    assert all(torch.equal(a, b) for a, b in zip(stats, near, strict=True))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reads_the_logits_once_and_writes_their_gradient_once(dtype: torch.dtype, small_blocks: None) -> None:
+    """Beside the rows only each label's logit, and its gradient. The row that is ignored is not read."""
+    bytes_ = dtype.itemsize
+    logits = random_logits(4, 131).to(dtype).requires_grad_()
+    labels = torch.tensor([5, -100, 0, 130])
+    with count_traffic() as forward:
+        stats = token_stats(logits, labels, impl="triton")
+    assert forward.launches == 1
+    assert forward.read(logits) == 3 * (131 + 1) * bytes_
+    with count_traffic() as backward:
+        (gradient,) = torch.autograd.grad(list(stats), logits, [torch.ones(4)] * 3)
+    assert backward.launches == 1
+    assert backward.read(logits) == 3 * (131 + 1) * bytes_
+    assert backward.written(gradient) == (4 * 131 + 3) * bytes_
+
+
+# What is broken, how, and the test that has to notice. The same tests pass above with the kernels as they are.
+BREAKS: dict[str, tuple[str, str, str, Callable[[], None]]] = {
+    "the maximum starts at 0": (
+        "token_stats",
+        'lane_max = tl.full([LANES], float("-inf"), tl.float32)',
+        "lane_max = tl.zeros([LANES], tl.float32)",
+        lambda: test_matches_float64("cpu", torch.float32, 131, shifted_logits),
+    ),
+    "no mask on the last block": (
+        "_rows",
+        'tl.where(columns < end, logits, float("-inf"))',
+        "logits",
+        lambda: test_matches_float64("cpu", torch.float32, 131, random_logits),
+    ),
+    "no mask on the gradient's last block": (
+        "token_stats",
+        "value.to(gradient.dtype.element_ty), mask=within)",
+        "value.to(gradient.dtype.element_ty))",
+        lambda: test_nothing_behind_the_rows_is_written("cpu"),
+    ),
+    "an entropy without lse": (
+        "_online_softmax",
+        "online_softmax_log_sum(max, others) - LN_2 * weighted",
+        "-LN_2 * weighted",
+        lambda: test_matches_float64("cpu", torch.float32, 131, random_logits),
+    ),
+    "the argmax is in the sum": (
+        "_online_softmax",
+        "tl.sum(tl.where(is_top, 0.0, e), axis) + _ties(is_top, top, axis)",
+        "tl.sum(e, axis) - 1.0",
+        lambda: test_confident_token_keeps_its_digits("cpu", 40.0),
+    ),
+    "equal maxima count once": (
+        "_online_softmax",
+        "tl.sum(is_top.to(tl.int32), axis) - 1)",
+        "tl.sum(is_top.to(tl.int32), axis) * 0)",
+        lambda: test_matches_float64("cpu", torch.float32, 131, tied_logits),
+    ),
+    "an empty block is no special case": (
+        "_online_softmax",
+        "tl.where(max == _EMPTY, 0.0, max)",
+        "max",
+        lambda: test_matches_float64("cpu", torch.float32, 131, masked_logits),
+    ),
+    "0 times -inf": (
+        "_online_softmax",
+        "tl.maximum(shift, _NOTHING)",
+        "shift",
+        lambda: test_masked_token_has_probability_and_gradient_exactly_zero("cpu", torch.float32),
+    ),
+    "1 - p by subtraction": (
+        "_online_softmax",
+        "tl.where(w == 1.0, y, tl.where(near, corrected, w - 1.0))",
+        "w - 1.0",
+        lambda: test_confident_token_keeps_its_digits("cpu", 20.0),
+    ),
+    "a row at 32 bits": (
+        "token_stats",
+        "tl.program_id(0).to(tl.int64)",
+        "tl.program_id(0)",
+        lambda: test_offsets_have_64_bits("cpu"),
+    ),
+    "labels are not checked": (
+        "token_stats",
+        "outside = (label != ignore_index) & ((label < 0) | (label >= vocab))",
+        "outside = label != label",
+        lambda: test_label_outside_the_vocabulary_makes_its_row_nan_alone("cpu", -1),
+    ),
+    "an ignored row is read": (
+        "token_stats",
+        "end = tl.where(wanted, vocab, 0)",
+        "end = vocab",
+        lambda: test_reads_the_logits_once_and_writes_their_gradient_once(torch.float32, None),
+    ),
+    "one temperature for all": (
+        "_rows",
+        "tl.load(row_temperature + row)",
+        "tl.load(row_temperature)",
+        lambda: test_temperature_of_each_row_and_softcap("cpu", torch.float32, certain_logits),
+    ),
+}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("what", BREAKS)
+def test_a_broken_kernel_is_noticed(what: str, small_blocks: None) -> None:
+    assert_noticed(*BREAKS[what])

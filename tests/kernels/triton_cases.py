@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# With blocks of 32 float32 and 64 16-bit logits, as the fixture `device` sets them: shorter than a load; one block of
-# either; ragged over several blocks of either. On a GPU, whose blocks are wider, BIG is what crosses them.
+# With blocks of 64 float32 and 128 16-bit logits, as the fixture `device` sets them: one logit; ragged within a block;
+# one block of float32; ragged over two or three blocks. On a GPU, whose blocks are wider, BIG is what crosses them.
 VOCABULARIES = [1, 7, 64, 131]
 BIG = [4093, 50257, 128256]
 
@@ -68,3 +68,65 @@ def error(ours: Tensor, exact: Tensor, relative: float = 0.0) -> float:
 def rounding(dtype: torch.dtype, device: str) -> float:
     """The relative error that rounding to a dtype makes: to nearest, but the interpreter cuts bfloat16 off."""
     return _HALF_SPACING[dtype] * (2 if device == "cpu" and dtype == torch.bfloat16 else 1)
+
+
+def near_pair(rows: int, vocab: int) -> tuple[Tensor, Tensor]:
+    """A policy near its reference."""
+    logits = random_logits(rows, vocab)
+    return logits, logits + 0.3 * torch.randn_like(logits)
+
+
+def unrelated_pair(rows: int, vocab: int) -> tuple[Tensor, Tensor]:
+    return random_logits(rows, vocab), random_logits(rows, vocab)
+
+
+def shifted_pair(rows: int, vocab: int) -> tuple[Tensor, Tensor]:
+    """By 150 up or down, the two of them apart."""
+    logits, ref_logits = near_pair(rows, vocab)
+    shift = torch.where(torch.arange(rows) % 2 == 0, 150.0, -150.0)[:, None]
+    return logits + shift, ref_logits - shift
+
+
+def masked_pair(rows: int, vocab: int) -> tuple[Tensor, Tensor]:
+    """-inf at the same tokens of both: the first two thirds, or scattered, or all but the last."""
+    pair = near_pair(rows, vocab)
+    for logits in pair:
+        logits[0::3, : 2 * vocab // 3] = -math.inf
+        logits[1::3, :-1:2] = -math.inf
+        logits[2::3, :-1] = -math.inf
+    return pair
+
+
+def partly_masked_pair(rows: int, vocab: int) -> tuple[Tensor, Tensor]:
+    """-inf in one of the two: KL is infinite one way and finite the other."""
+    logits, ref_logits = near_pair(rows, vocab)
+    logits[0::2, : vocab // 2] = -math.inf
+    ref_logits[1::2, : vocab // 2] = -math.inf
+    return logits, ref_logits
+
+
+def certain_pair(rows: int, vocab: int) -> tuple[Tensor, Tensor]:
+    """One token 25 nats above the rest in both."""
+    pair = near_pair(rows, vocab)
+    for logits in pair:
+        logits.clamp_(-2, 2)
+        logits[torch.arange(rows), torch.arange(rows) * 37 % vocab] = 27.0
+    return pair
+
+
+def rising_pair(rows: int, vocab: int) -> tuple[Tensor, Tensor]:
+    """Every block raises one maximum or both."""
+    up = torch.linspace(-20, 20, vocab, dtype=torch.float64).expand(rows, vocab)
+    noise = torch.randn(rows, vocab, dtype=torch.float64) * 0.3
+    return up + noise, torch.where(torch.arange(rows)[:, None] % 2 == 0, up.flip(-1) * 0.2, up)
+
+
+PAIRS: list[Callable[[int, int], tuple[Tensor, Tensor]]] = [
+    near_pair,
+    unrelated_pair,
+    shifted_pair,
+    masked_pair,
+    partly_masked_pair,
+    certain_pair,
+    rising_pair,
+]
