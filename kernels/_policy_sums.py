@@ -5,8 +5,6 @@ import triton.language as tl
 
 from irlfast.kernels._segments import number
 
-BLOCK = 256
-NUM_WARPS = 4
 METRICS = 18
 
 # As irlfast/ops/policy_terms.py numbers them.

@@ -13,9 +13,6 @@ import triton.language as tl
 
 from irlfast.kernels._segments import load_mask, load_tokens, number, segment_bounds, zero_outside
 
-BLOCK = 512
-NUM_WARPS = 4
-
 
 @triton.jit
 def _nearest(later_value, later_counts, value, counts):

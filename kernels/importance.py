@@ -10,9 +10,6 @@ import triton.language as tl
 
 from irlfast.kernels._segments import at_least, at_most, number, segment_bounds
 
-BLOCK = 512
-NUM_WARPS = 4
-
 
 @triton.jit
 def _rows(order, start, end, BLOCK: tl.constexpr):

@@ -44,10 +44,6 @@ from irlfast.kernels._segments import (
     zero_outside,
 )
 
-# By the bytes of a number: 16 bytes of every array a thread (of AMD, whose warps are twice as wide, 8).
-BLOCK = {4: 1024, 8: 256}
-NUM_WARPS = {4: 8, 8: 4}
-
 # As irlfast/ops/policy_terms.py numbers them.
 _REINFORCE = tl.constexpr(0)
 _PPO = tl.constexpr(1)

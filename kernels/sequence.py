@@ -5,9 +5,6 @@ import triton.language as tl
 
 from irlfast.kernels._segments import count_tokens, load_mask, load_tokens, segment_bounds, zero_outside
 
-BLOCK = 1024
-NUM_WARPS = 8
-
 
 @triton.jit(do_not_specialize=["width", "total"])
 def sequence_forward(

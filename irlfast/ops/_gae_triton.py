@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from irlfast.ops._segments_triton import bits, layout, words
+from irlfast.ops._segments_triton import BLOCKS, bits, layout, words
 from irlfast.ops._triton import on_device
 
 
@@ -23,6 +23,7 @@ def gae_triton(
 
     offsets, count, width, total = layout(rewards.shape, cu_seqlens)
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
+    block, num_warps = BLOCKS["gae"]
     if total and count:
         with on_device(rewards):
             kernels.gae[(count,)](
@@ -38,8 +39,8 @@ def gae_triton(
                 bits(gamma),
                 bits(lam),
                 ALIGNED=width % 16 == 0,
-                BLOCK=kernels.BLOCK,
-                num_warps=kernels.NUM_WARPS,
+                BLOCK=block,
+                num_warps=num_warps,
                 enable_fp_fusion=True,
             )
     return advantages, returns

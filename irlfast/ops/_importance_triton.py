@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from irlfast.ops._segments_triton import bits
+from irlfast.ops._segments_triton import BLOCKS, bits
 from irlfast.ops._triton import on_device
 
 
@@ -43,6 +43,7 @@ def forward_triton(
     most = 1 if groups is None else rows
     weights = torch.empty_like(log_target)
     log_normalizer, ess = log_target.new_empty((most,)), log_target.new_empty((most,))
+    block, num_warps = BLOCKS["importance"]
     if rows:
         with on_device(log_target):
             kernels.importance_forward[(most,)](
@@ -58,8 +59,8 @@ def forward_triton(
                 bits(high),
                 bits(temper),
                 RESHAPES=_reshapes(low, high, temper),
-                BLOCK=kernels.BLOCK,
-                num_warps=kernels.NUM_WARPS,
+                BLOCK=block,
+                num_warps=num_warps,
                 enable_fp_fusion=True,
             )
     if last is None:
@@ -92,6 +93,7 @@ def backward_triton(
     count = 1 if groups is None else rows
     for one_a_group in (grad_log_normalizer, grad_ess):
         count = count if one_a_group is None else one_a_group.shape[0]
+    block, num_warps = BLOCKS["importance"]
     if rows:
         with on_device(log_target):
             kernels.importance_backward[(count,)](
@@ -108,8 +110,8 @@ def backward_triton(
                 bits(high),
                 bits(temper),
                 RESHAPES=_reshapes(low, high, temper),
-                BLOCK=kernels.BLOCK,
-                num_warps=kernels.NUM_WARPS,
+                BLOCK=block,
+                num_warps=num_warps,
                 enable_fp_fusion=True,
             )
     return gradient

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from irlfast.ops._segments_triton import bits, layout, words
+from irlfast.ops._segments_triton import BLOCKS, bits, layout, words
 from irlfast.ops._triton import on_device
 
 
@@ -52,6 +52,8 @@ def sweep_triton(
     entropy_slopes = torch.empty_like(logprobs) if bonus else None
     partials = logprobs.new_empty((count, sums.PARTIALS.value), dtype=torch.float64)
     loss, metrics, scale = logprobs.new_empty(()), logprobs.new_empty((sums.METRICS,)), logprobs.new_empty(())
+    block, num_warps = BLOCKS["policy_terms float64" if logprobs.dtype == torch.float64 else "policy_terms"]
+    report_block, report_warps = BLOCKS["policy_sums"]
     with on_device(logprobs):
         if count:
             kernels.policy_terms_sweep[(count,)](
@@ -86,8 +88,8 @@ def sweep_triton(
                 ICEPOP=icepop_high > 0,
                 SEQUENCE_CORRECTION=sequence_correction and (tis_cap > 0 or icepop_high > 0),
                 ALIGNED=width % 16 == 0,
-                BLOCK=kernels.BLOCK[logprobs.element_size()],
-                num_warps=kernels.NUM_WARPS[logprobs.element_size()],
+                BLOCK=block,
+                num_warps=num_warps,
                 enable_fp_fusion=True,
             )
         sums.policy_terms_report[(1,)](
@@ -107,8 +109,8 @@ def sweep_triton(
             ENTROPY=entropy is not None,
             ROLLOUT=rollout_logprobs is not None,
             CORRECTS=tis_cap > 0 or icepop_high > 0,
-            BLOCK=sums.BLOCK,
-            num_warps=sums.NUM_WARPS,
+            BLOCK=report_block,
+            num_warps=report_warps,
             enable_fp_fusion=True,
         )
     return loss, metrics, slopes, entropy_slopes, scale

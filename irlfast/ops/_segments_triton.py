@@ -13,6 +13,18 @@ from irlfast.ops._triton import DTYPES, triton_unavailable
 # offsets or None, sequences, width of each without offsets, tokens.
 Layout = tuple[Tensor | None, int, int, int]
 
+# Kernel -> tokens of a block and warps: in float32 16 bytes of an array a thread, 8 of AMD's, whose warps are twice as
+# wide. One a kernel, whatever the lengths, so that neither batch nor padding shows in a result. Predicted, unmeasured:
+# from the registers that the compiler reports.
+BLOCKS = {
+    "sequence": (1024, 8),
+    "gae": (512, 4),
+    "importance": (512, 4),
+    "policy_terms": (1024, 8),
+    "policy_terms float64": (256, 4),
+    "policy_sums": (256, 4),
+}
+
 
 def bits(value: float) -> int:
     """A float64 as the integer of the same bits: Triton takes a Python float for a float32."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from irlfast.ops._dispatch import statistics_dtype
-from irlfast.ops._segments_triton import layout, words
+from irlfast.ops._segments_triton import BLOCKS, layout, words
 from irlfast.ops._triton import on_device
 
 
@@ -16,6 +16,7 @@ def forward_triton(logprobs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | N
     logprobs = logprobs.contiguous()
     offsets, count, width, total = layout(logprobs.shape, cu_seqlens)
     result = logprobs.new_empty((count,), dtype=statistics_dtype(logprobs.dtype))
+    block, num_warps = BLOCKS["sequence"]
     if count:
         with on_device(logprobs):
             kernels.sequence_forward[(count,)](
@@ -27,8 +28,8 @@ def forward_triton(logprobs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | N
                 total,
                 MEAN=mean,
                 ALIGNED=width % 16 == 0,
-                BLOCK=kernels.BLOCK,
-                num_warps=kernels.NUM_WARPS,
+                BLOCK=block,
+                num_warps=num_warps,
                 enable_fp_fusion=True,
             )
     return result
@@ -46,6 +47,7 @@ def backward_triton(
 
     offsets, count, width, total = layout(shape, cu_seqlens)
     gradient = grad.new_empty(shape, dtype=dtype)
+    block, num_warps = BLOCKS["sequence"]
     if total and count:
         with on_device(grad):
             kernels.sequence_backward[(count,)](
@@ -57,8 +59,8 @@ def backward_triton(
                 total,
                 MEAN=mean,
                 ALIGNED=width % 16 == 0,
-                BLOCK=kernels.BLOCK,
-                num_warps=kernels.NUM_WARPS,
+                BLOCK=block,
+                num_warps=num_warps,
                 enable_fp_fusion=True,
             )
     return gradient
