@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ BLOCKS = {
 }
 
 
+@lru_cache(maxsize=256)
 def bits(value: float) -> int:
     """A float64 as the integer of the same bits: Triton takes a Python float for a float32."""
     result: int = struct.unpack("<q", struct.pack("<d", value))[0]

@@ -327,7 +327,8 @@ def importance_weights(
     Raises:
         TypeError: a log-density is not floating point, or group ids are not integers.
         ValueError: shapes that do not fit, no sample, a bad clip or temper, or (on the CPU) a log ratio that is NaN
-            or +inf. On a GPU, where looking would stall, such a group comes out NaN.
+            or +inf. On a GPU, where looking would stall, such a group comes out NaN; with ids in `groups` their number
+            alone is read back, for it is the shape of the results.
         RuntimeError: an `impl` that is not available here.
     """
     if not (log_target.is_floating_point() and log_proposal.is_floating_point()):

@@ -234,7 +234,7 @@ LIBRARY.define(
     "int kl_estimator, float entropy_coef, float tis_cap, float icepop_low, float icepop_high, "
     "bool sequence_correction, int aggregation, bool with_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-LIBRARY.define("policy_terms_backward(Tensor grad, Tensor scale, Tensor slopes, Tensor logprobs) -> Tensor")
+LIBRARY.define("policy_terms_backward(Tensor factor, Tensor slopes, Tensor logprobs) -> Tensor")
 
 # loss, metrics, slopes by logprobs and by entropy where they are wanted, and what to multiply those by for the loss's
 # gradients, None for 1: a kernel with one program a sequence does not know the batch's own count when it writes them.
@@ -344,12 +344,12 @@ def forward_triton(logprobs: Tensor, *arguments: Any) -> Outputs:
     return _outputs(logprobs, sweep_triton(logprobs, *arguments))
 
 
-def _scaled(grad: Tensor, scale: Tensor | None, slopes: Tensor, logprobs: Tensor) -> Tensor:
+def _scaled(factor: Tensor, slopes: Tensor, logprobs: Tensor) -> Tensor:
     """slopes, scaled: a new tensor, for the same graph may be differentiated again.
 
     The log-probs are there so that a second derivative with respect to them is asked for, and refused.
     """
-    return slopes * (grad if scale is None else grad * scale)
+    return slopes * factor
 
 
 # Positions among the op's inputs.
@@ -364,16 +364,13 @@ def _scale(
     if grad is None:
         return grads
     logprobs, slopes, entropy_slopes, scale = saved
+    factor = grad if scale is None else grad * scale
     if wanted[0]:
         # With create_graph the registered op is called, whose own derivative says that there is none.
         direct = not torch.is_grad_enabled() and runs_undispatched(grad)
-        if direct:
-            grads[0] = _scaled(grad, scale, slopes, logprobs)
-        else:
-            factor = grad.new_ones(()) if scale is None else scale
-            grads[0] = torch.ops.irlfast.policy_terms_backward(grad, factor, slopes, logprobs)
+        grads[0] = (_scaled if direct else torch.ops.irlfast.policy_terms_backward)(factor, slopes, logprobs)
     if wanted[1] and entropy_slopes is not None and entropy_slopes.shape == slopes.shape:
-        grads[1] = entropy_slopes * (grad if scale is None else grad * scale)  # linear: right to any order
+        grads[1] = entropy_slopes * factor  # linear: right to any order
     return grads
 
 
@@ -431,7 +428,7 @@ LIBRARY.impl("policy_terms", forward_triton, "CUDA")
 LIBRARY.impl("policy_terms_backward", _scaled, "CompositeExplicitAutograd")
 torch.library.register_fake("irlfast::policy_terms", _forward_fake, lib=LIBRARY)
 torch.library.register_fake(
-    "irlfast::policy_terms_backward", lambda grad, scale, slopes, logprobs: torch.empty_like(slopes), lib=LIBRARY
+    "irlfast::policy_terms_backward", lambda factor, slopes, logprobs: torch.empty_like(slopes), lib=LIBRARY
 )
 torch.library.register_autograd("irlfast::policy_terms", _backward, setup_context=_save_for_backward, lib=LIBRARY)
 torch.library.register_autograd("irlfast::policy_terms_backward", _no_second_derivative, lib=LIBRARY)
@@ -563,11 +560,13 @@ def policy_terms(
     Every other argument, and the metrics, are as in `losses.policy_loss`; `correction_level` is its `tis_level`.
 
     Returns:
-        PolicyTerms(loss, metrics) in float32 (float64 where an input is). The CPU kernel differentiates once.
+        PolicyTerms(loss, metrics) in float32 (float64 where an input is). The kernels differentiate once.
 
     Raises:
         TypeError: a tensor that is not floating point, or not of integers where offsets are meant.
-        ValueError: shapes or devices that do not fit, an option outside its range, an input that an option needs.
+        ValueError: shapes or devices that do not fit, an option outside its range, an input that an option needs. The
+            values of tensors on a GPU are not looked at, which would stall: there offsets are held within the tensor,
+            and a denominator that is not positive makes loss and gradients NaN.
         RuntimeError: an `impl` that is not available here.
     """
     _check_tensors(logprobs, advantages, mask, cu_seqlens, old_logprobs, ref_logprobs, rollout_logprobs, entropy, keep)

@@ -131,6 +131,7 @@ def test_a_graph_replays_on_new_values(name: str) -> None:
     assert all(map(torch.equal, captured, step(CALLS[name], inputs)))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside the compiler
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "gae"])  # which is traced by its reference
 def test_compiles_without_a_break(name: str) -> None:
     inputs = make_inputs()
@@ -162,3 +163,12 @@ def test_offsets_may_be_on_the_cpu() -> None:
     assert torch.equal(sequence_logprobs(flat, cu_seqlens=inputs["offsets"].cpu()), want)
     with pytest.raises(ValueError, match="cu_seqlens runs from 0 to 3"):
         sequence_logprobs(flat, cu_seqlens=torch.tensor([0, 3]))
+
+
+def test_more_sequences_than_a_grid_has_rows() -> None:
+    logprobs = torch.ones(70_000, 3, device="cuda", requires_grad=True)
+    loss = policy_terms(logprobs, torch.ones(70_000, device="cuda"), aggregation="seq_mean_token_mean").loss
+    assert float(loss.detach()) == -1.0
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    torch.testing.assert_close(gradient, torch.full_like(gradient, -1 / 210_000))
+    assert torch.equal(sequence_logprobs(logprobs), torch.full((70_000,), 3.0, device="cuda"))
