@@ -174,8 +174,8 @@ def gae(
 
     Raises:
         TypeError: a tensor that is not floating point, or offsets that are not integers.
-        ValueError: shapes or devices that do not fit, gamma or lam outside [0, 1], bad offsets (of those on a GPU, where
-            looking would stall, the kernel stays within the tensor).
+        ValueError: shapes or devices that do not fit, gamma or lam outside [0, 1], bad offsets (on a GPU, where looking
+            would stall, they are held within the tensor).
         RuntimeError: an `impl` that is not available here.
     """
     require_floating(rewards=rewards, values=values)

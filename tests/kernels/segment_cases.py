@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from irlfast.ops import _segments_triton
 from irlfast.ops._segments_triton import BLOCKS
 
 # Lengths in blocks of 16, as `narrow` sets them: ragged, empty, single; a whole block and one token more. On a GPU,
@@ -25,6 +26,11 @@ def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     for name in BLOCKS:
         # Of the sums of sequences two: RAGGED crosses that.
         monkeypatch.setitem(BLOCKS, name, (2 if name == "policy_sums" else 16, 4))
+
+
+def unlooked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets offsets on the CPU pass as those on a GPU do."""
+    monkeypatch.setattr(_segments_triton, "checked_offsets", lambda cu_seqlens, total, device: cu_seqlens)
 
 
 def pack(padded: Tensor, lengths: list[int]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from segment_cases import LONG, RAGGED, exactly, narrow, offsets, pack, sequences, to
+from segment_cases import LONG, RAGGED, exactly, narrow, offsets, pack, sequences, to, unlooked_at
 from torch import Tensor
 from triton_mutation import assert_noticed
 from triton_traffic import count_traffic
@@ -219,6 +219,41 @@ def test_denominator(device: str, denominator: float | Tensor) -> None:
     exact = run(policy_terms_reference, inputs, denominator=7.0, term="ppo", **ALL)
     for name, truth in exact.items():
         torch.testing.assert_close(ours[name].cpu(), truth, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("denominator", [7.0, 0.0, -1.0])
+def test_a_denominator_that_is_read_on_the_device(device: str, denominator: float) -> None:
+    """There nobody checks it: one that is not positive makes all NaN."""
+    from irlfast.kernels._policy_sums import PARTIALS, policy_terms_report
+
+    sums = torch.zeros(3, PARTIALS.value, dtype=torch.float64, device=device)
+    sums[:, 0] = 2.0  # tokens
+    sums[:, 1] = torch.tensor([14.0, 7.0, 7.0])  # their terms
+    loss, scale = torch.empty((), device=device), torch.empty((), device=device)
+    metrics = torch.empty(len(METRICS), device=device)
+    given = torch.tensor(denominator, device=device)
+    flags = {"OLD": False, "REF": False, "ENTROPY": False, "ROLLOUT": False, "CORRECTS": False}
+    policy_terms_report[(1,)](
+        sums, given, loss, metrics, scale, 3, 0, 0, 0, TERM=0, AGGREGATION=1, **flags, BLOCK=2, enable_fp_fusion=True
+    )
+    wanted = (2.0, 1 / 7) if denominator > 0 else (math.nan, math.nan)
+    assert (float(loss), float(scale)) == pytest.approx(wanted, nan_ok=True)
+    assert metrics[1:3].tolist() == [6.0, 3.0]
+
+
+@pytest.mark.parametrize("term", ["ppo", "gspo"])
+def test_offsets_that_leave_a_gap_are_held_within_the_tensor(
+    device: str, term: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlooked_at(monkeypatch)
+    torch.manual_seed(12)
+    values = to(device, torch.float32, batch([40]))
+    values = {k: (v.nan_to_num() if v.is_floating_point() else v)[0, :40] for k, v in values.items()}
+    cu_seqlens = torch.tensor([20, 25, 24, 99], device=device)
+    got = run(policy_terms, values | {"cu_seqlens": cu_seqlens}, term=term, impl="triton", **ALL)
+    assert (got["gradient"][:20] == 0).all()
+    assert (got["entropy's gradient"][:20] == 0).all()
+    assert got["gradient"].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.float16, torch.float64], ids=str)

@@ -177,3 +177,12 @@ def test_traced_for_a_gpu_that_is_not_there() -> None:
     outputs = (loss, metrics, sums, weights, log_normalizer, ess)
     assert {x.device.type for x in outputs} == {"cuda"}
     assert [tuple(x.shape) for x in outputs] == [(), (18,), (4,), (32,), (1,), (1,)]
+
+
+@pytest.mark.parametrize("op", ["policy_terms", "sequence_logprobs", "importance_weights"])
+@pytest.mark.parametrize("suffix", ["", "_backward"])
+def test_every_op_has_a_kernel_for_gpus(op: str, suffix: str) -> None:
+    name = f"irlfast::{op}{suffix}"
+    assert any(
+        torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in ("CUDA", "CompositeExplicitAutograd")
+    )

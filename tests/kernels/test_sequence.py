@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from segment_cases import LONG, RAGGED, narrow, offsets, pack, sequences
+from segment_cases import LONG, RAGGED, narrow, offsets, pack, sequences, unlooked_at
 from torch import Tensor
 from triton_mutation import assert_noticed
 
@@ -105,15 +105,18 @@ def test_the_second_derivative_is_that_of_a_linear_function(device: str) -> None
     torch.testing.assert_close(second[0], torch.full_like(second[0], 2 / 20))
 
 
-@pytest.mark.gpu
-def test_offsets_on_a_gpu_that_leave_a_gap_are_held_within_the_tensor() -> None:
-    """They are not looked at, which would stall."""
-    logprobs = torch.ones(10, device="cuda", requires_grad=True)
-    cu_seqlens = torch.tensor([2, 5, 4, 99], device="cuda")
+def test_offsets_that_leave_a_gap_are_held_within_the_tensor(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU they are not looked at, which would stall."""
+    unlooked_at(monkeypatch)
+    logprobs = torch.ones(40, device=device, requires_grad=True)
+    cu_seqlens = torch.tensor([20, 25, 24, 99], device=device)
     total = sequence_logprobs(logprobs, cu_seqlens=cu_seqlens, impl="triton")
-    assert total.tolist() == [3.0, 0.0, 6.0]
+    assert total.tolist() == [5.0, 0.0, 16.0]
     (gradient,) = torch.autograd.grad(total.sum(), logprobs)
-    assert gradient.tolist() == [0.0, 0.0] + [1.0] * 8
+    assert gradient.tolist() == [0.0] * 20 + [1.0] * 20
+    early = torch.tensor([0, 3, 3], device=device)
+    (gradient,) = torch.autograd.grad(sequence_logprobs(logprobs, cu_seqlens=early, impl="triton").sum(), logprobs)
+    assert gradient.tolist() == [1.0] * 3 + [0.0] * 37
 
 
 BREAKS = {
