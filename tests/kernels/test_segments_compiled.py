@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton_compile import TARGETS, Compiled, compile_only
+from triton_mutation import assert_noticed
 
 from irlfast import ops
 
@@ -185,4 +186,21 @@ def test_every_op_has_a_kernel_for_gpus(op: str, suffix: str) -> None:
     name = f"irlfast::{op}{suffix}"
     assert any(
         torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in ("CUDA", "CompositeExplicitAutograd")
+    )
+
+
+def test_breaks_of_what_is_compiled_are_noticed() -> None:
+    assert_noticed(
+        "sequence",
+        '@triton.jit(do_not_specialize=["width", "total"])\ndef sequence_forward',
+        "@triton.jit\ndef sequence_forward",
+        partial(test_lengths_and_options_are_not_compiled_in, "sequence forward"),
+    )
+    wide = partial(test_every_array_is_read_once_and_wide, "ppo", "sm_90")
+    assert_noticed("_segments", "begin = tl.multiple_of(begin, 16)", "begin = begin", wide)
+    assert_noticed(
+        "_segments",
+        "tl.load(data + index, mask=inside, other=0.0), 0.0)",
+        "tl.load(data + index, mask=counts, other=0.0), 0.0)",
+        wide,
     )

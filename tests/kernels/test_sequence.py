@@ -11,7 +11,7 @@ from triton_mutation import assert_noticed
 from irlfast.ops import sequence_logprobs
 from irlfast.ops.sequence import sequence_logprobs_reference
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def check(device: str, dtype: torch.dtype, layout: str, reduction: str, lengths:
     (exact,) = torch.autograd.grad(want, exact_leaf, upstream.double())
     assert gradient.dtype == dtype
     # The interpreter cuts bfloat16 off, where a GPU rounds.
-    relative = 2.0**-7 if dtype == torch.bfloat16 else single["rtol"]
+    relative = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-11}.get(dtype, single["rtol"])
     torch.testing.assert_close(gradient.cpu().double(), exact, rtol=relative, atol=1e-14)
     assert (gradient.cpu()[~mask] == 0).all()
 
