@@ -41,10 +41,12 @@ def _below(logit, max):
 def below_and_difference(p_logits, q_logits, p_max, q_max):
     """l - p.max, and (l - p.max) - (r - q.max), finite where p has nothing.
 
-    maximum() on purpose: where both logits are -inf their difference is NaN, of which it makes the stand-in.
+    Where both logits are -inf their difference is NaN, and the stand-in takes its place: hence no maximum(), which may
+    keep the NaN. One among the logits themselves is in `others` already.
     """
     below = _below(p_logits, p_max)
-    return below, tl.maximum(below - _below(q_logits, q_max), -_HUGE)
+    difference = below - _below(q_logits, q_max)
+    return below, tl.where(difference > -_HUGE, difference, -_HUGE)
 
 
 @triton.jit

@@ -20,8 +20,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 _EMPTY = tl.constexpr(float("-inf"))
 
-# exp2 of it is 0 in float32. A stand-in for the -inf that would make NaN of 0 times -inf. maximum() on purpose: it
-# takes the number where the other is NaN, and a NaN is in `others` already.
+# exp2 of it is 0 in float32. A stand-in for the -inf that would make NaN of 0 times -inf. Whatever maximum() makes of a
+# NaN, `others` has it already.
 _NOTHING = tl.constexpr(-200.0)
 
 

@@ -182,3 +182,60 @@ def test_the_number_of_rows_makes_no_new_kernel() -> None:
             _token_stats_triton.backward_triton(logits, labels, *options, state, *grads, gradient=gradient, block=block)
     assert [launch.grid[0] for launch in launches[::2]] == [1, 2, 16, 17, 70_000]
     assert len({launch.key for launch in launches}) == 2
+
+
+# Arguments that leave parts of a kernel out or change their types; what the loops above do not show.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "log-prob alone": {"upstream": "logprob"},
+    "entropy alone": {"upstream": "entropy"},
+    "lse alone": {"upstream": "lse"},
+    "temperature of each row": {"row_temperature": True},
+    "several labels": {"labels": 3},
+    "several labels, log-prob alone": {"labels": 64, "upstream": "logprob"},
+    "one logit": {"vocab": 1},
+    "two strides": {"shape": (2, 3)},
+    "float16": {"dtype": torch.float16},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_every_variant_of_token_stats_compiles(target: str, variant: str) -> None:
+    options = {"upstream": "", "row_temperature": False, "labels": 1, "vocab": 4096, "shape": (4,)}
+    options.update(VARIANTS[variant])
+    shape, vocab, count = options["shape"], options["vocab"], options["labels"]
+    logits = torch.zeros(*shape, vocab, dtype=options.get("dtype", torch.bfloat16))
+    if len(shape) == 2:
+        logits = torch.zeros(shape[0], shape[1] + 1, vocab, dtype=logits.dtype)[:, :-1]
+    label_shape = shape if count == 1 else (*shape, count)
+    inputs = (
+        logits,
+        torch.zeros(label_shape, dtype=torch.int64),
+        torch.ones(shape) if options["row_temperature"] else None,
+        1.0,
+        0.0,
+        -100,
+    )
+    rows = torch.zeros(shape)
+    upstream = {"logprob": torch.zeros(label_shape), "entropy": rows, "lse": rows}
+    chosen = [value if options["upstream"] in ("", name) else None for name, value in upstream.items()]
+    block = Block(64, 8, 2, 1)
+    with compile_only(target) as launches:
+        _token_stats_triton.statistics_triton(*inputs, True, with_state=False, block=block)
+        state = torch.zeros(3, rows.numel())
+        _token_stats_triton.backward_triton(*inputs, state, *chosen, block=block)
+    assert [launch.spills for launch in launches] == [0, 0]
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True)])
+@pytest.mark.parametrize("kind", _native.DIVERGENCES)
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_every_variant_of_token_kl_compiles(target: str, kind: str, wanted: tuple[bool, bool]) -> None:
+    pair = [torch.zeros(ROWS, 1 if kind == "js" else 4096, dtype=torch.float16) for _ in range(2)]
+    options = (torch.ones(ROWS), 1.0, 30.0, _native.DIVERGENCES[kind], 0.3)
+    block = Block(64, 8, 2, 1)
+    with compile_only(target) as launches:
+        _token_kl_triton.forward_triton(*pair, *options, block=block)
+        state, upstream = torch.zeros(6, ROWS, dtype=torch.float64), torch.zeros(ROWS)
+        _token_kl_triton.backward_triton(*pair, *options, state, upstream, *wanted, block=block)
+    assert [launch.spills for launch in launches] == [0, 0]
