@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,13 @@ class Implementation:
 
     run: Callable[..., Any]
     unavailable: Callable[[Tensor], str | None]
+
+
+class Kernels(NamedTuple):
+    """An op's two passes, as the registered ops take their arguments."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
 
 
 def not_in_this_release(kind: str) -> Implementation:

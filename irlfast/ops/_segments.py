@@ -91,17 +91,23 @@ def check_offsets_form(cu_seqlens: Tensor) -> None:
         raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected [B + 1] offsets")
 
 
-def checked_offsets(cu_seqlens: Tensor, values: Tensor) -> Tensor:
-    """int64 offsets beside packed `values` [N]. On a GPU they are clamped to the tensor, as looking would stall."""
-    total = values.shape[0]
+def checked_offsets(cu_seqlens: Tensor, total: int, device: torch.device) -> Tensor:
+    """int64 offsets into `total` packed values, on `device`. From a GPU they are clamped, as looking would stall."""
     if cu_seqlens.is_cpu and not torch.compiler.is_compiling():
         falls = (cu_seqlens[1:] < cu_seqlens[:-1]).nonzero()
         if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != total:
             raise_offsets(cu_seqlens, -2, total)
         if len(falls):
             raise_offsets(cu_seqlens, int(falls[0, 0]), total)
-        return cu_seqlens.to(values.device, torch.int64)
-    return cu_seqlens.to(values.device, torch.int64).clamp(0, total).cummax(0).values
+        return cu_seqlens.to(device, torch.int64)
+    return cu_seqlens.to(device, torch.int64).clamp(0, total).cummax(0).values
+
+
+def offsets_beside(cu_seqlens: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """Offsets on the device of packed `tokens` [N], as a registered op takes them."""
+    if cu_seqlens is None or cu_seqlens.device == tokens.device:
+        return cu_seqlens
+    return cu_seqlens.cpu() if tokens.is_cpu else checked_offsets(cu_seqlens, tokens.shape[0], tokens.device)
 
 
 class Sequences:
@@ -109,7 +115,9 @@ class Sequences:
 
     def __init__(self, tokens: Tensor, cu_seqlens: Tensor | None) -> None:
         self.shape = tokens.shape
-        self.offsets = None if cu_seqlens is None else checked_offsets(cu_seqlens, tokens)
+        self.offsets: Tensor | None = None
+        if cu_seqlens is not None:
+            self.offsets = checked_offsets(cu_seqlens, tokens.shape[0], tokens.device)
 
     def sum(self, values: Tensor) -> Tensor:
         """Tokens' values -> [B] float64."""

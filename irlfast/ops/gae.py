@@ -9,6 +9,8 @@ t + 1 is the next unmasked token: masked ones, such as a tool's output inside a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,14 +26,17 @@ from irlfast.ops._dispatch import (
     runs_undispatched,
     select,
 )
+from irlfast.ops._gae_triton import gae_triton
 from irlfast.ops._segments import (
     Sequences,
     check_offsets_form,
     compute_dtype,
     native_mask,
     native_segments,
+    offsets_beside,
     require_floating,
 )
+from irlfast.ops._segments_triton import triton_takes
 
 
 class Gae(NamedTuple):
@@ -76,7 +81,8 @@ def gae_reference(
     return Gae(advantages.to(dtype), returns.to(dtype))
 
 
-def _run_native(
+def _run(
+    kernel: Callable[..., tuple[Tensor, Tensor]],
     rewards: Tensor,
     values: Tensor,
     mask: Tensor | None,
@@ -89,15 +95,28 @@ def _run_native(
     dtype = compute_dtype(rewards, values)
     rewards, values = (x.detach().to(dtype).contiguous() for x in (rewards, values))
     last_values = None if last_values is None else last_values.detach().to(dtype).contiguous()
+    return Gae(*kernel(rewards, values, mask, offsets_beside(cu_seqlens, rewards), last_values, gamma, lam))
+
+
+def gae_cpu(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    last_values: Tensor | None,
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns; rewards and values contiguous, in the type of the results."""
     mask, mask_bytes, mask_floating = native_mask(mask)
-    held, segments = native_segments(rewards.shape, None if cu_seqlens is None else cu_seqlens.cpu())
+    held, segments = native_segments(rewards.shape, cu_seqlens)
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
     _native.gae(
         *segments,
         rewards.data_ptr(),
         values.data_ptr(),
         address(last_values),
-        DTYPE_CODES[dtype],
+        DTYPE_CODES[rewards.dtype],
         address(mask),
         mask_bytes,
         mask_floating,
@@ -108,20 +127,20 @@ def _run_native(
         torch.get_num_threads(),
     )
     del held
-    return Gae(advantages, returns)
+    return advantages, returns
 
 
-def _unavailable(tensor: Tensor) -> str | None:
-    reason = cpu_kernel_unavailable(tensor)
+def _unavailable(kernel: Callable[[Tensor], str | None], tensor: Tensor) -> str | None:
+    reason = kernel(tensor)
     if reason is None and not runs_undispatched(tensor):
         return "the call is being traced, and the kernel is no registered op: it has no gradient to trace for"
     return reason
 
 
 IMPLEMENTATIONS = {
-    "cpu": Implementation(run=_run_native, unavailable=_unavailable),
+    "cpu": Implementation(run=partial(_run, gae_cpu), unavailable=partial(_unavailable, cpu_kernel_unavailable)),
     "cuda": not_in_this_release("CUDA"),
-    "triton": not_in_this_release("Triton"),
+    "triton": Implementation(run=partial(_run, gae_triton), unavailable=partial(_unavailable, triton_takes)),
     "reference": Implementation(run=gae_reference, unavailable=lambda tensor: None),
 }
 
@@ -155,7 +174,8 @@ def gae(
 
     Raises:
         TypeError: a tensor that is not floating point, or offsets that are not integers.
-        ValueError: shapes or devices that do not fit, gamma or lam outside [0, 1], bad offsets.
+        ValueError: shapes or devices that do not fit, gamma or lam outside [0, 1], bad offsets (on a GPU, where looking
+            would stall, they are held within the tensor).
         RuntimeError: an `impl` that is not available here.
     """
     require_floating(rewards=rewards, values=values)

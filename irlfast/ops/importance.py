@@ -15,6 +15,8 @@ target is unnormalised; so clipping acts on l_k - log Z_hat, the log of K times 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,13 +27,16 @@ from irlfast.ops._dispatch import (
     DTYPE_CODES,
     LIBRARY,
     Implementation,
+    Kernels,
     address,
     cpu_kernel_unavailable,
     not_in_this_release,
     runs_undispatched,
     select,
 )
+from irlfast.ops._importance_triton import backward_triton, forward_triton
 from irlfast.ops._segments import Groups, check_groups, compute_dtype, require_floating
+from irlfast.ops._segments_triton import triton_takes
 
 
 class ImportanceWeights(NamedTuple):
@@ -170,24 +175,33 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Weights) -> No
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, torch.ops.irlfast.importance_weights_backward, grads, ctx.needs_input_grad[1])
+
+
+def _gradients(
+    ctx: Any, run: Callable[..., Tensor], grads: tuple[Tensor | None, ...], to_proposal: bool
+) -> tuple[Tensor | None, ...]:
     log_target, log_proposal, groups = ctx.saved_tensors
-    direct = runs_undispatched(log_target) and not torch.is_grad_enabled()
-    run = backward_cpu if direct else torch.ops.irlfast.importance_weights_backward
     gradient = run(log_target, log_proposal, groups, ctx.low, ctx.high, ctx.temper, *grads)
-    negative = -gradient if ctx.needs_input_grad[1] else None
-    return gradient, negative, None, None, None, None
+    return gradient, -gradient if to_proposal else None, None, None, None, None
 
 
 class _ImportanceWeights(torch.autograd.Function):
     """The registered op without the dispatcher, which costs more than the kernel."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Weights:
-        output = forward_cpu(*inputs)
+    def forward(ctx: Any, kernels: Kernels, *inputs: Any) -> Weights:
+        output: Weights = kernels.forward(*inputs)
+        ctx.kernels = kernels
         _save_for_backward(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        run: Callable[..., Tensor] = ctx.kernels.backward
+        if torch.is_grad_enabled() or not runs_undispatched(ctx.saved_tensors[0]):
+            run = torch.ops.irlfast.importance_weights_backward
+        return None, *_gradients(ctx, run, grads, ctx.needs_input_grad[2])
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
@@ -211,13 +225,16 @@ def _backward_fake(log_target: Tensor, *args: object) -> Tensor:
 
 LIBRARY.impl("importance_weights", forward_cpu, "CPU")
 LIBRARY.impl("importance_weights_backward", backward_cpu, "CPU")
+LIBRARY.impl("importance_weights", forward_triton, "CUDA")
+LIBRARY.impl("importance_weights_backward", backward_triton, "CUDA")
 torch.library.register_fake("irlfast::importance_weights", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("irlfast::importance_weights_backward", _backward_fake, lib=LIBRARY)
 torch.library.register_autograd("irlfast::importance_weights", _backward, setup_context=_save_for_backward, lib=LIBRARY)
 torch.library.register_autograd("irlfast::importance_weights_backward", _no_second_derivative, lib=LIBRARY)
 
 
-def _run_native(
+def _run(
+    kernels: Kernels,
     log_target: Tensor,
     log_proposal: Tensor,
     groups: Tensor | None,
@@ -234,7 +251,7 @@ def _run_native(
     low, high = (-math.inf, math.inf) if bounds is None else bounds
     if runs_undispatched(log_target):
         wanted = differentiable and torch.is_grad_enabled()
-        run = _ImportanceWeights.apply if wanted else forward_cpu
+        run = partial(_ImportanceWeights.apply, kernels) if wanted else kernels.forward
         return ImportanceWeights(*run(log_target, log_proposal, groups, low, high, temper))
     if not differentiable:
         log_target, log_proposal = log_target.detach(), log_proposal.detach()
@@ -272,9 +289,9 @@ def _run_reference(
 
 
 IMPLEMENTATIONS = {
-    "cpu": Implementation(run=_run_native, unavailable=cpu_kernel_unavailable),
+    "cpu": Implementation(run=partial(_run, Kernels(forward_cpu, backward_cpu)), unavailable=cpu_kernel_unavailable),
     "cuda": not_in_this_release("CUDA"),
-    "triton": not_in_this_release("Triton"),
+    "triton": Implementation(run=partial(_run, Kernels(forward_triton, backward_triton)), unavailable=triton_takes),
     "reference": Implementation(run=_run_reference, unavailable=lambda tensor: None),
 }
 
@@ -310,7 +327,8 @@ def importance_weights(
     Raises:
         TypeError: a log-density is not floating point, or group ids are not integers.
         ValueError: shapes that do not fit, no sample, a bad clip or temper, or (on the CPU) a log ratio that is NaN
-            or +inf. On a GPU, where looking would stall, such a group comes out NaN.
+            or +inf. On a GPU, where looking would stall, such a group comes out NaN; with ids in `groups` their number
+            alone is read back, for it is the shape of the results.
         RuntimeError: an `impl` that is not available here.
     """
     if not (log_target.is_floating_point() and log_proposal.is_floating_point()):

@@ -21,6 +21,7 @@ soon as it is: the forward pass writes it, and backward scales it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -38,7 +39,16 @@ from irlfast.ops._dispatch import (
     runs_undispatched,
     select,
 )
-from irlfast.ops._segments import Sequences, check_offsets_form, native_mask, native_segments, require_floating
+from irlfast.ops._policy_terms_triton import positive, sweep_triton
+from irlfast.ops._segments import (
+    Sequences,
+    check_offsets_form,
+    native_mask,
+    native_segments,
+    offsets_beside,
+    require_floating,
+)
+from irlfast.ops._segments_triton import triton_takes
 from irlfast.ops.kl_estimate import ESTIMATORS
 
 # Of the three enumerations and the maximum, csrc/include/irlfast/policy_terms.h has the same.
@@ -222,14 +232,15 @@ LIBRARY.define(
     "Tensor? ref_logprobs, Tensor? rollout_logprobs, Tensor? entropy, Tensor? keep, Tensor? denominator, "
     "float divisor, bool per_token, int term, float clip_low, float clip_high, float dual_clip, float kl_coef, "
     "int kl_estimator, float entropy_coef, float tis_cap, float icepop_low, float icepop_high, "
-    "bool sequence_correction, int aggregation, bool with_gradient) -> (Tensor, Tensor, Tensor, Tensor)"
+    "bool sequence_correction, int aggregation, bool with_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-LIBRARY.define("policy_terms_backward(Tensor grad, Tensor slopes, Tensor logprobs) -> Tensor")
+LIBRARY.define("policy_terms_backward(Tensor factor, Tensor slopes, Tensor logprobs) -> Tensor")
 
-# loss, metrics, and the loss's gradients to logprobs and to entropy where they are wanted.
-Sweep = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+# loss, metrics, slopes by logprobs and by entropy where they are wanted, and what to multiply those by for the loss's
+# gradients, None for 1: a kernel with one program a sequence does not know the batch's own count when it writes them.
+Sweep = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 # An op returns tensors: [0] for those that are not wanted.
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def sweep_cpu(
@@ -263,9 +274,7 @@ def sweep_cpu(
 ) -> Sweep:
     """The native sweep. Floating-point tensors share float32 or float64; 0 stands for an option that is off."""
     if denominator is not None:
-        divisor = float(denominator)
-        if not divisor > 0:
-            raise ValueError(f"denominator is {divisor}; expected a positive count or constant")
+        divisor = positive(denominator)
     logprobs, advantages = logprobs.contiguous(), advantages.contiguous()
     old_logprobs, ref_logprobs, rollout_logprobs, entropy, keep = (
         None if x is None else x.contiguous() for x in (old_logprobs, ref_logprobs, rollout_logprobs, entropy, keep)
@@ -311,27 +320,36 @@ def sweep_cpu(
         isa,
     )
     del held
-    return loss, metrics, slopes, entropy_slopes
+    return loss, metrics, slopes, entropy_slopes, None
 
 
-def forward_cpu(logprobs: Tensor, *arguments: Any, isa: str = "auto") -> Outputs:
-    """`sweep_cpu` as the registered op has it."""
-    loss, metrics, slopes, entropy_slopes = sweep_cpu(logprobs, *arguments, isa=isa)
+def _outputs(logprobs: Tensor, sweep: Sweep) -> Outputs:
+    """A sweep as the registered op has it."""
+    loss, metrics, slopes, entropy_slopes, scale = sweep
     nothing = (0,)
     return (
         loss,
         metrics,
         logprobs.new_empty(nothing) if slopes is None else slopes,
         logprobs.new_empty(nothing) if entropy_slopes is None else entropy_slopes,
+        logprobs.new_ones(()) if scale is None else scale,
     )
 
 
-def backward_cpu(grad: Tensor, slopes: Tensor, logprobs: Tensor) -> Tensor:
+def forward_cpu(logprobs: Tensor, *arguments: Any, isa: str = "auto") -> Outputs:
+    return _outputs(logprobs, sweep_cpu(logprobs, *arguments, isa=isa))
+
+
+def forward_triton(logprobs: Tensor, *arguments: Any) -> Outputs:
+    return _outputs(logprobs, sweep_triton(logprobs, *arguments))
+
+
+def _scaled(factor: Tensor, slopes: Tensor, logprobs: Tensor) -> Tensor:
     """slopes, scaled: a new tensor, for the same graph may be differentiated again.
 
     The log-probs are there so that a second derivative with respect to them is asked for, and refused.
     """
-    return slopes * grad
+    return slopes * factor
 
 
 # Positions among the op's inputs.
@@ -339,25 +357,25 @@ _ENTROPY, _INPUTS = 7, 25
 
 
 def _scale(grad: Tensor | None, saved: tuple[Any, ...], wanted: tuple[bool, bool]) -> list[Tensor | None]:
-    """Gradients to logprobs and entropy from that of the loss; saved: logprobs, and the loss's slopes by both."""
+    """Gradients to logprobs and entropy from that of the loss; saved: logprobs, and of a sweep slopes and scale."""
     grads: list[Tensor | None] = [None, None]
     if grad is None:
         return grads
-    logprobs, slopes, entropy_slopes = saved
+    logprobs, slopes, entropy_slopes, scale = saved
+    factor = grad if scale is None else grad * scale
     if wanted[0]:
         # With create_graph the registered op is called, whose own derivative says that there is none.
         direct = not torch.is_grad_enabled() and runs_undispatched(grad)
-        run = backward_cpu if direct else torch.ops.irlfast.policy_terms_backward
-        grads[0] = run(grad, slopes, logprobs)
+        grads[0] = (_scaled if direct else torch.ops.irlfast.policy_terms_backward)(factor, slopes, logprobs)
     if wanted[1] and entropy_slopes is not None and entropy_slopes.shape == slopes.shape:
-        grads[1] = entropy_slopes * grad  # linear: right to any order
+        grads[1] = entropy_slopes * factor  # linear: right to any order
     return grads
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(inputs[0], output[2], output[3])
+    ctx.save_for_backward(inputs[0], *output[2:])
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -368,7 +386,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
 
 
 class _PolicyTerms(torch.autograd.Function):
-    """Ties what `sweep_cpu` returned to the two tensors it is differentiable by.
+    """Ties what a sweep returned to the two tensors it is differentiable by.
 
     The registered op without the dispatcher, and with none of its other inputs: either costs as much as the kernel.
     """
@@ -376,7 +394,7 @@ class _PolicyTerms(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logprobs: Tensor, entropy: Tensor | None, outputs: Sweep) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logprobs, outputs[2], outputs[3])
+        ctx.save_for_backward(logprobs, *outputs[2:])
         return outputs[0]
 
     @staticmethod
@@ -403,20 +421,23 @@ def _forward_fake(logprobs: Tensor, *arguments: Any) -> Outputs:
         logprobs.new_empty((len(METRICS),)),
         logprobs.new_empty(logprobs.shape if with_gradient else (0,)),
         logprobs.new_empty(logprobs.shape if bonus else (0,)),
+        logprobs.new_empty(()),
     )
 
 
 LIBRARY.impl("policy_terms", forward_cpu, "CPU")
-LIBRARY.impl("policy_terms_backward", backward_cpu, "CPU")
+LIBRARY.impl("policy_terms", forward_triton, "CUDA")
+LIBRARY.impl("policy_terms_backward", _scaled, "CompositeExplicitAutograd")
 torch.library.register_fake("irlfast::policy_terms", _forward_fake, lib=LIBRARY)
 torch.library.register_fake(
-    "irlfast::policy_terms_backward", lambda grad, slopes, logprobs: torch.empty_like(slopes), lib=LIBRARY
+    "irlfast::policy_terms_backward", lambda factor, slopes, logprobs: torch.empty_like(slopes), lib=LIBRARY
 )
 torch.library.register_autograd("irlfast::policy_terms", _backward, setup_context=_save_for_backward, lib=LIBRARY)
 torch.library.register_autograd("irlfast::policy_terms_backward", _no_second_derivative, lib=LIBRARY)
 
 
-def _run_native(
+def _run(
+    sweep: Callable[..., Sweep],
     logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor | None,
@@ -445,8 +466,7 @@ def _run_native(
     old_logprobs, ref_logprobs, rollout_logprobs, entropy = (
         None if x is None else _cast(x, dtype) for x in (old_logprobs, ref_logprobs, rollout_logprobs, entropy)
     )
-    if cu_seqlens is not None and not cu_seqlens.is_cpu:
-        cu_seqlens = cu_seqlens.cpu()
+    cu_seqlens = offsets_beside(cu_seqlens, logprobs)
     wanted = torch.is_grad_enabled() and (
         logprobs.requires_grad or (entropy is not None and entropy_coef != 0 and entropy.requires_grad)
     )
@@ -458,7 +478,7 @@ def _run_native(
         )
     by_tensor = isinstance(denominator, Tensor)
     low, high = icepop_band or (0.0, 0.0)
-    run: Callable[..., Sweep] = sweep_cpu if direct else torch.ops.irlfast.policy_terms
+    run: Callable[..., Sweep] = sweep if direct else torch.ops.irlfast.policy_terms
     outputs = run(
         logprobs,
         advantages,
@@ -490,9 +510,9 @@ def _run_native(
 
 
 IMPLEMENTATIONS = {
-    "cpu": Implementation(run=_run_native, unavailable=cpu_kernel_unavailable),
+    "cpu": Implementation(run=partial(_run, sweep_cpu), unavailable=cpu_kernel_unavailable),
     "cuda": not_in_this_release("CUDA"),
-    "triton": not_in_this_release("Triton"),
+    "triton": Implementation(run=partial(_run, sweep_triton), unavailable=triton_takes),
     "reference": Implementation(run=policy_terms_reference, unavailable=lambda tensor: None),
 }
 
@@ -537,11 +557,13 @@ def policy_terms(
     Every other argument, and the metrics, are as in `losses.policy_loss`; `correction_level` is its `tis_level`.
 
     Returns:
-        PolicyTerms(loss, metrics) in float32 (float64 where an input is). The CPU kernel differentiates once.
+        PolicyTerms(loss, metrics) in float32 (float64 where an input is). The kernels differentiate once.
 
     Raises:
         TypeError: a tensor that is not floating point, or not of integers where offsets are meant.
-        ValueError: shapes or devices that do not fit, an option outside its range, an input that an option needs.
+        ValueError: shapes or devices that do not fit, an option outside its range, an input that an option needs. The
+            values of tensors on a GPU are not looked at, which would stall: there offsets are held within the tensor,
+            and a denominator that is not positive makes loss and gradients NaN.
         RuntimeError: an `impl` that is not available here.
     """
     _check_tensors(logprobs, advantages, mask, cu_seqlens, old_logprobs, ref_logprobs, rollout_logprobs, entropy, keep)

@@ -9,6 +9,7 @@ unmasked token has L = 0 and gradient 0 under either reduction.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from irlfast.ops._dispatch import (
     DTYPE_CODES,
     LIBRARY,
     Implementation,
+    Kernels,
     address,
     cpu_kernel_unavailable,
     not_in_this_release,
@@ -33,9 +35,12 @@ from irlfast.ops._segments import (
     compute_dtype,
     native_mask,
     native_segments,
+    offsets_beside,
     require_floating,
     segment_sum,
 )
+from irlfast.ops._segments_triton import triton_takes
+from irlfast.ops._sequence_triton import backward_triton, forward_triton
 
 REDUCTIONS = ("sum", "mean")
 
@@ -131,8 +136,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    direct = runs_undispatched(grad) and not torch.is_grad_enabled()
-    run: Callable[..., Tensor] = backward_cpu if direct else torch.ops.irlfast.sequence_logprobs_backward
+    run = torch.ops.irlfast.sequence_logprobs_backward
     return run(grad, *ctx.saved_tensors, ctx.mean, ctx.shape, ctx.dtype), None, None, None
 
 
@@ -140,12 +144,17 @@ class _SequenceLogprobs(torch.autograd.Function):
     """The registered op without the dispatcher, which costs more than the kernel on a small batch."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = forward_cpu(*inputs)
+    def forward(ctx: Any, kernels: Kernels, *inputs: Any) -> Tensor:
+        output: Tensor = kernels.forward(*inputs)
+        ctx.kernels = kernels
         _save_for_backward(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() or not runs_undispatched(grad):
+            return None, *_backward(ctx, grad)
+        return None, ctx.kernels.backward(grad, *ctx.saved_tensors, ctx.mean, ctx.shape, ctx.dtype), None, None, None
 
 
 def _save_for_second(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -171,6 +180,8 @@ def _backward_fake(
 
 LIBRARY.impl("sequence_logprobs", forward_cpu, "CPU")
 LIBRARY.impl("sequence_logprobs_backward", backward_cpu, "CPU")
+LIBRARY.impl("sequence_logprobs", forward_triton, "CUDA")
+LIBRARY.impl("sequence_logprobs_backward", backward_triton, "CUDA")
 torch.library.register_fake("irlfast::sequence_logprobs", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("irlfast::sequence_logprobs_backward", _backward_fake, lib=LIBRARY)
 torch.library.register_autograd("irlfast::sequence_logprobs", _backward, setup_context=_save_for_backward, lib=LIBRARY)
@@ -179,12 +190,12 @@ torch.library.register_autograd(
 )
 
 
-def _run_native(logprobs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, mean: bool) -> Tensor:
-    if cu_seqlens is not None and not cu_seqlens.is_cpu:
-        cu_seqlens = cu_seqlens.cpu()
+def _run(kernels: Kernels, logprobs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, mean: bool) -> Tensor:
+    cu_seqlens = offsets_beside(cu_seqlens, logprobs)
     run: Callable[..., Tensor] = torch.ops.irlfast.sequence_logprobs
     if runs_undispatched(logprobs):
-        run = _SequenceLogprobs.apply if logprobs.requires_grad and torch.is_grad_enabled() else forward_cpu
+        wanted = logprobs.requires_grad and torch.is_grad_enabled()
+        run = partial(_SequenceLogprobs.apply, kernels) if wanted else kernels.forward
     return run(logprobs, mask, cu_seqlens, mean)
 
 
@@ -197,7 +208,7 @@ def _run_reference(logprobs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | N
         total = values.double().sum(dim=1)
         count = real.sum(dim=1)
     else:
-        offsets = checked_offsets(cu_seqlens, logprobs)
+        offsets = checked_offsets(cu_seqlens, logprobs.shape[0], logprobs.device)
         total = segment_sum(values, offsets)
         count = segment_sum(real, offsets)
     if mean:
@@ -206,9 +217,9 @@ def _run_reference(logprobs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | N
 
 
 IMPLEMENTATIONS = {
-    "cpu": Implementation(run=_run_native, unavailable=cpu_kernel_unavailable),
+    "cpu": Implementation(run=partial(_run, Kernels(forward_cpu, backward_cpu)), unavailable=cpu_kernel_unavailable),
     "cuda": not_in_this_release("CUDA"),
-    "triton": not_in_this_release("Triton"),
+    "triton": Implementation(run=partial(_run, Kernels(forward_triton, backward_triton)), unavailable=triton_takes),
     "reference": Implementation(run=_run_reference, unavailable=lambda tensor: None),
 }
 

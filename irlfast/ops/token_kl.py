@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -39,7 +40,9 @@ from irlfast.ops._dispatch import (
 from irlfast.ops._linear_inputs import expand_temperature
 from irlfast.ops._scaling import check_scaling
 from irlfast.ops._token_kl_cpu import STATE, backward_cpu, forward_cpu
+from irlfast.ops._token_kl_triton import backward_triton, forward_triton
 from irlfast.ops._token_stats_checks import check_inplace
+from irlfast.ops._triton import triton_unavailable
 
 Kind = Literal["reverse", "forward", "js"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -116,12 +119,27 @@ def _backward_over_logits_fake(logits: Tensor, ref_logits: Tensor, *args: object
     return logits.new_empty(ref_logits.shape if args[-1] else (0,))
 
 
-def _backward_over_logits(logits: Tensor, *arguments: Any) -> Tensor:
-    run: Callable[..., tuple[Tensor, Tensor]] = backward_cpu
-    return run(logits, *arguments[:-1], True, arguments[-1], gradient=logits)[1]
+class _Kernels(NamedTuple):
+    """The fused passes on one kind of device."""
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor]]
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+_CPU = _Kernels(forward_cpu, backward_cpu)
+_TRITON = _Kernels(forward_triton, backward_triton)
+
+
+def _backward_over_logits(kernels: _Kernels, logits: Tensor, *arguments: Any) -> Tensor:
+    return kernels.backward(logits, *arguments[:-1], True, arguments[-1], gradient=logits)[1]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _save_for_backward(ctx, _TRITON if inputs[0].is_cuda else _CPU, inputs, output)
+
+
+def _save_for_backward(ctx: Any, kernels: _Kernels, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.kernels = kernels
     logits, ref_logits, row_temperature, *ctx.options, ctx.inplace_backward = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
@@ -139,11 +157,11 @@ def _backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None
     over_logits: Callable[..., Tensor] = torch.ops.irlfast.token_kl_backward_
     fresh: Callable[..., tuple[Tensor, Tensor]] = torch.ops.irlfast.token_kl_backward
     if direct:
-        over_logits, fresh = _backward_over_logits, backward_cpu
+        over_logits, fresh = partial(_backward_over_logits, ctx.kernels), ctx.kernels.backward
     if ctx.inplace_backward and of_logits:
         gradient = logits.detach()
         ref_gradient = over_logits(gradient, *arguments, of_ref_logits)
-        # The native code wrote behind autograd's back: whoever saved these logits must hear of it and not use them.
+        # The kernel wrote behind autograd's back: whoever saved these logits must hear of it and not use them.
         torch.autograd.graph.increment_version(gradient)
     else:
         gradient, ref_gradient = fresh(logits, *arguments, of_logits, of_ref_logits)
@@ -154,12 +172,15 @@ class _TokenKl(torch.autograd.Function):
     """The registered op without the dispatcher, whose two Python calls cost more than the kernel on a small batch."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = forward_cpu(*inputs)
-        _save_for_backward(ctx, inputs, output)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        *inputs, kernels = arguments
+        output = kernels.forward(*inputs)
+        _save_for_backward(ctx, kernels, tuple(inputs), output)
         return output
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return *_backward(ctx, *grads), None
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
@@ -171,15 +192,19 @@ def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
 
 LIBRARY.impl("token_kl", forward_cpu, "CPU")
 LIBRARY.impl("token_kl_backward", backward_cpu, "CPU")
-LIBRARY.impl("token_kl_backward_", _backward_over_logits, "CPU")
+LIBRARY.impl("token_kl_backward_", partial(_backward_over_logits, _CPU), "CPU")
+LIBRARY.impl("token_kl", forward_triton, "CUDA")  # AMD's GPUs have the key too
+LIBRARY.impl("token_kl_backward", backward_triton, "CUDA")
+LIBRARY.impl("token_kl_backward_", partial(_backward_over_logits, _TRITON), "CUDA")
 torch.library.register_fake("irlfast::token_kl", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("irlfast::token_kl_backward", _backward_fake, lib=LIBRARY)
 torch.library.register_fake("irlfast::token_kl_backward_", _backward_over_logits_fake, lib=LIBRARY)
-torch.library.register_autograd("irlfast::token_kl", _backward, setup_context=_save_for_backward, lib=LIBRARY)
+torch.library.register_autograd("irlfast::token_kl", _backward, setup_context=_setup_context, lib=LIBRARY)
 torch.library.register_autograd("irlfast::token_kl_backward", _no_second_derivative, lib=LIBRARY)
 
 
-def _run_native(
+def _run_kernels(
+    kernels: _Kernels,
     logits: Tensor,
     ref_logits: Tensor,
     *,
@@ -193,12 +218,23 @@ def _run_native(
     if isinstance(temperature, Tensor):
         row_temperature = temperature.to(statistics_dtype(logits.dtype)).expand(logits.shape[:-1]).contiguous()
         temperature = 1.0
-    run: Callable[..., tuple[Tensor, Tensor]] = torch.ops.irlfast.token_kl
-    if runs_undispatched(logits) and runs_undispatched(ref_logits):
-        differentiable = (logits.requires_grad or ref_logits.requires_grad) and torch.is_grad_enabled()
-        run = _TokenKl.apply if differentiable else forward_cpu
-    code = _native.DIVERGENCES[kind]
-    return run(logits, ref_logits, row_temperature, temperature, softcap or 0.0, code, js_weight, inplace_backward)[0]
+    arguments = (
+        logits,
+        ref_logits,
+        row_temperature,
+        temperature,
+        softcap or 0.0,
+        _native.DIVERGENCES[kind],
+        js_weight,
+        inplace_backward,
+    )
+    if not (runs_undispatched(logits) and runs_undispatched(ref_logits)):
+        kl: Tensor = torch.ops.irlfast.token_kl(*arguments)[0]
+    elif (logits.requires_grad or ref_logits.requires_grad) and torch.is_grad_enabled():
+        kl = _TokenKl.apply(*arguments, kernels)[0]
+    else:
+        kl = kernels.forward(*arguments)[0]
+    return kl
 
 
 def _run_reference(
@@ -220,9 +256,9 @@ def _run_reference(
 
 
 IMPLEMENTATIONS = {
-    "cpu": Implementation(run=_run_native, unavailable=cpu_kernel_unavailable),
+    "cpu": Implementation(run=partial(_run_kernels, _CPU), unavailable=cpu_kernel_unavailable),
     "cuda": not_in_this_release("CUDA"),
-    "triton": not_in_this_release("Triton"),
+    "triton": Implementation(run=partial(_run_kernels, _TRITON), unavailable=triton_unavailable),
     "reference": Implementation(run=_run_reference, unavailable=lambda tensor: None),
 }
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,13 @@ from irlfast.ops._token_stats_cpu import (
     raise_label,
     statistics_cpu,
 )
+from irlfast.ops._token_stats_triton import (
+    backward_over_logits_triton,
+    backward_triton,
+    forward_triton,
+    statistics_triton,
+)
+from irlfast.ops._triton import triton_unavailable
 
 
 class TokenStats(NamedTuple):
@@ -92,6 +100,18 @@ def token_stats_reference(
     return TokenStats(logprob if several else logprob.squeeze(-1), entropy, lse)
 
 
+class _Kernels(NamedTuple):
+    """The fused passes on one kind of device."""
+
+    statistics: Callable[..., tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]]
+    backward: Callable[..., Tensor]
+    backward_over_logits: Callable[..., None]
+
+
+_CPU = _Kernels(statistics_cpu, backward_cpu, backward_over_logits)
+_TRITON = _Kernels(statistics_triton, backward_triton, backward_over_logits_triton)
+
+
 def _backward(
     ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None, *_: None
 ) -> tuple[Tensor, None, None, None, None, None, None, None]:
@@ -101,15 +121,17 @@ def _backward(
     direct = runs_undispatched(logits) and not torch.is_grad_enabled()
     if ctx.inplace_backward:
         gradient = logits.detach()
-        (backward_over_logits if direct else torch.ops.irlfast.token_stats_backward_)(gradient, *arguments)
-        # The native code wrote behind autograd's back: whoever saved these logits must hear of it and not use them.
+        over_logits = ctx.kernels.backward_over_logits if direct else torch.ops.irlfast.token_stats_backward_
+        over_logits(gradient, *arguments)
+        # The kernel wrote behind autograd's back: whoever saved these logits must hear of it and not use them.
         torch.autograd.graph.increment_version(gradient)
     else:
-        gradient = (backward_cpu if direct else torch.ops.irlfast.token_stats_backward)(logits, *arguments)
+        gradient = (ctx.kernels.backward if direct else torch.ops.irlfast.token_stats_backward)(logits, *arguments)
     return gradient, None, None, None, None, None, None, None
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], state: Tensor | None) -> None:
+def _save_for_backward(ctx: Any, kernels: _Kernels, inputs: tuple[Any, ...], state: Tensor | None) -> None:
+    ctx.kernels = kernels
     logits, labels, row_temperature, *numbers, _, ctx.inplace_backward = inputs
     ctx.numbers = numbers  # temperature, softcap, ignore_index
     ctx.set_materialize_grads(False)
@@ -118,7 +140,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], state: Tensor | None) 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(output[3])
-    _save_for_backward(ctx, inputs, output[3])
+    _save_for_backward(ctx, _TRITON if inputs[0].is_cuda else _CPU, inputs, output[3])
 
 
 class _TokenStats(torch.autograd.Function):
@@ -129,8 +151,9 @@ class _TokenStats(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, others: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
-        *statistics, state = statistics_cpu(logits, *others[:-1], with_state=True)
-        _save_for_backward(ctx, (logits, *others), state)
+        kernels, *arguments = others
+        *statistics, state = kernels.statistics(logits, *arguments[:-1], with_state=True)
+        _save_for_backward(ctx, kernels, (logits, *arguments), state)
         return tuple(statistics)
 
     @staticmethod
@@ -144,10 +167,14 @@ _apply_token_stats: Callable[..., tuple[Any, ...]] = super(torch.autograd.Functi
 LIBRARY.impl("token_stats", forward_cpu, "CPU")
 LIBRARY.impl("token_stats_backward", backward_cpu, "CPU")
 LIBRARY.impl("token_stats_backward_", backward_over_logits, "CPU")
+LIBRARY.impl("token_stats", forward_triton, "CUDA")  # AMD's GPUs have the key too
+LIBRARY.impl("token_stats_backward", backward_triton, "CUDA")
+LIBRARY.impl("token_stats_backward_", backward_over_logits_triton, "CUDA")
 torch.library.register_autograd("irlfast::token_stats", _backward, setup_context=_setup_context, lib=LIBRARY)
 
 
-def _run_native(
+def _run_kernels(
+    kernels: _Kernels,
     logits: Tensor,
     labels: Tensor,
     temperature: float | Tensor,
@@ -171,9 +198,9 @@ def _run_native(
     if logits.requires_grad and torch.is_grad_enabled():
         return _apply_token_stats(
             logits,
-            (labels, row_temperature, temperature, softcap, ignore_index, with_distribution, inplace_backward),
+            (kernels, labels, row_temperature, temperature, softcap, ignore_index, with_distribution, inplace_backward),
         )
-    return statistics_cpu(
+    return kernels.statistics(
         logits, labels, row_temperature, temperature, softcap, ignore_index, with_distribution, with_state=False
     )[:3]
 
@@ -197,9 +224,9 @@ def _run_reference(
 
 
 IMPLEMENTATIONS = {
-    "cpu": Implementation(run=_run_native, unavailable=cpu_kernel_unavailable),
+    "cpu": Implementation(run=partial(_run_kernels, _CPU), unavailable=cpu_kernel_unavailable),
     "cuda": not_in_this_release("CUDA"),
-    "triton": not_in_this_release("Triton"),
+    "triton": Implementation(run=partial(_run_kernels, _TRITON), unavailable=triton_unavailable),
     "reference": Implementation(run=_run_reference, unavailable=lambda tensor: None),
 }
 

@@ -518,8 +518,11 @@ def test_bad_arguments_are_named(
 
 def test_unavailable_implementations_say_why() -> None:
     logits = torch.zeros(2, 5)
-    for impl, kind in (("cuda", "CUDA"), ("triton", "Triton")):
-        with pytest.raises(RuntimeError, match=f"impl='{impl}' is not available: this release has no {kind} kernel"):
+    for impl, reason in (
+        ("cuda", "this release has no CUDA kernel"),
+        ("triton", "the tensor is on the CPU|not installed"),
+    ):
+        with pytest.raises(RuntimeError, match=f"impl='{impl}' is not available: .*({reason})"):
             token_kl(logits, logits, impl=impl)
     with pytest.raises(ValueError, match="impl='fast' is unknown"):
         token_kl(logits, logits, impl="fast")

@@ -596,8 +596,11 @@ def test_bad_arguments_are_named(
 
 def test_unavailable_implementations_say_why() -> None:
     logits, labels = torch.zeros(2, 5), torch.zeros(2, dtype=torch.long)
-    for impl, kind in (("cuda", "CUDA"), ("triton", "Triton")):
-        with pytest.raises(RuntimeError, match=f"impl='{impl}' is not available: this release has no {kind} kernel"):
+    for impl, reason in (
+        ("cuda", "this release has no CUDA kernel"),
+        ("triton", "the tensor is on the CPU|not installed"),
+    ):
+        with pytest.raises(RuntimeError, match=f"impl='{impl}' is not available: .*({reason})"):
             token_stats(logits, labels, impl=impl)
     with pytest.raises(ValueError, match="impl='fast' is unknown"):
         token_stats(logits, labels, impl="fast")
