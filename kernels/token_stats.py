@@ -141,24 +141,6 @@ def _label_gradient(
     return value
 
 
-@triton.jit
-def _with_label(value, block, columns, start, label, total, constant, h, max, log_sum, temperature, softcap,
-                SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """The gradients of a block with that of the row's one label put right, where the block has it.
-
-    Taken from the block itself: a thread that read the label's logit apart would race with those that overwrite it.
-    """
-    if (label >= start) & (label < start + BLOCK):
-        at_label = columns == label
-        logit = tl.sum(tl.sum(tl.where(at_label, block.to(tl.float32), 0.0), 1), 0)
-        value = tl.where(
-            at_label,
-            _label_gradient(logit, total, total, constant, h, max, log_sum, temperature, softcap, SOFTCAP),
-            value,
-        )
-    return value
-
-
 @triton.jit(do_not_specialize=_RUNTIME)
 def token_stats_backward(
     logits,
@@ -225,7 +207,15 @@ def token_stats_backward(
 
         inside = kept & (label >= 0) & (label < vocab)
         if LABELS == 1:
-            only_label = tl.sum(tl.where(inside, label, -1), 0)
+            # One thread reads the label's logit, and the others have it from the sum: were each to read it, the fastest
+            # might overwrite it before the slowest has. The gradient goes into the block that has the label.
+            column = tl.sum(tl.where(inside, label, -1), 0).to(tl.int32)
+            reader = tl.where(tl.arange(0, LANES) == 0, column, -1)
+            logit = tl.load(base + reader, mask=reader >= 0, other=0.0)
+            label_value = _label_gradient(
+                tl.sum(logit.to(tl.float32), 0),
+                total, total, constant, h, max, log_sum, temperature, softcap, SOFTCAP
+            )  # fmt: skip
         else:
             # Read before any is overwritten, written after all else is. A label that is repeated in its row receives
             # all that its repeats do.
@@ -245,20 +235,14 @@ def token_stats_backward(
             block = tl.load(base + start + columns)
             value = _gradient_block(block, max, scale, row_constant, row_linear, softcap, SOFTCAP)
             if LABELS == 1:
-                value = _with_label(
-                    value, block, start + columns, start, only_label,
-                    total, constant, h, max, log_sum, temperature, softcap, SOFTCAP, BLOCK
-                )  # fmt: skip
+                value = tl.where(start + columns == column, label_value, value)
             tl.store(out + start + columns, value.to(gradient.dtype.element_ty))
         if whole < vocab:
             within = whole + columns < vocab
             block = tl.load(base + whole + columns, mask=within, other=0.0)
             value = _gradient_block(block, max, scale, row_constant, row_linear, softcap, SOFTCAP)
             if LABELS == 1:
-                value = _with_label(
-                    value, block, whole + columns, whole, only_label,
-                    total, constant, h, max, log_sum, temperature, softcap, SOFTCAP, BLOCK
-                )  # fmt: skip
+                value = tl.where(whole + columns == column, label_value, value)
             tl.store(out + whole + columns, value.to(gradient.dtype.element_ty), mask=within)
         if LABELS > 1:
             tl.debug_barrier()
