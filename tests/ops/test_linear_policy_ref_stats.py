@@ -286,7 +286,7 @@ def test_shifts_through_the_biases_move_lse_alone(seed: int, vocab: int, shift: 
 @settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 2**16), vocab=st.integers(1, 5000), ranks=st.integers(1, 4), contiguous=st.booleans())
 def test_pieces_of_the_batch_add_up(seed: int, vocab: int, ranks: int, contiguous: bool) -> None:
-    """Gradient accumulation over consecutive pieces, and rows dealt out over ranks: also any permutation of the batch."""
+    """Gradient accumulation over consecutive pieces, and rows dealt out over ranks, in any order."""
     torch.manual_seed(seed)
     inputs, upstream = Inputs(11, vocab, torch.float64), upstream_for(11)
     whole, gradients = inputs.run(linear_policy_ref_stats, upstream)
