@@ -33,8 +33,8 @@ class DeviceLost(Exception):
 class CudaClock:
     """A clock (bench/_harness.py) of what runs on the current GPU."""
 
-    def __init__(self) -> None:
-        self._cold = torch.empty(COLD_BYTES // 4, dtype=torch.int32, device="cuda")
+    def __init__(self, device: str = "cuda", cold_bytes: int = COLD_BYTES) -> None:
+        self._cold = torch.empty(cold_bytes // 4, dtype=torch.int32, device=device)
         self._host: dict[str, list[float]] = {}
 
     def once(self, contender: Contender) -> tuple[Sequence[Tensor], float]:

@@ -33,7 +33,6 @@ from bench.token_stats import (
     OUTPUTS,
     Form,
     Outputs,
-    Refilled,
     forward_truth,
     gradient_truth,
     ours,
@@ -130,20 +129,28 @@ def _forms(case: GpuCase, targets: Targets, device: str) -> tuple[Named, dict[st
 
 def _forward(name: str, family: Family, form: Form, logits: Tensor, labels: Tensor) -> Contender:
     if name in _peers.OVERWRITES_LOGITS:
-        held = Refilled(logits)
-        return Contender(name=name, family=family, run=lambda: form(held.buffer, labels), prepare=held.fill)
+        copy = Copied(logits)
+        return Contender(name=name, family=family, run=lambda: form(copy.buffer, labels), prepare=copy.fill)
     return Contender(name=name, family=family, run=run_forward(form, logits, labels))
 
 
 def _both(name: str, family: Family, form: Form, leaf: Tensor, labels: Tensor, upstream: Outputs) -> Contender:
     if name in _peers.OVERWRITES_LOGITS:
-        held = Refilled(leaf.detach())
-
-        def run() -> Outputs:
-            return torch.autograd.grad(form(held.current, labels), held.current, upstream)
-
-        return Contender(name=name, family=family, run=run, prepare=held.fill)
+        copy = Copied(leaf)
+        return Contender(name=name, family=family, run=run_both(form, copy.buffer, labels, upstream), prepare=copy.fill)
     return Contender(name=name, family=family, run=run_both(form, leaf, labels, upstream))
+
+
+class Copied:
+    """A leaf like another, filled with its values again before each run."""
+
+    def __init__(self, source: Tensor) -> None:
+        self._source = source
+        self.buffer = torch.empty_like(source).requires_grad_(source.requires_grad)
+
+    def fill(self) -> None:
+        with torch.no_grad():
+            self.buffer.copy_(self._source)
 
 
 def _backward(name: str, family: Family, form: Form, leaf: Tensor, labels: Tensor, upstream: Outputs) -> Contender:
