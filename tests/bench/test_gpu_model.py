@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from bench import _results, table
 from bench.__main__ import main
-from bench.gpu._cases import CASES, GpuCase
-from bench.gpu._cost import CHIPS, costs, counted_flop
-from bench.gpu._model import model_table
+from bench._case import OURS
+from bench.gpu._cases import CASES, GpuCase, in_the_model
+from bench.gpu._cost import CHIPS, Chip, Cost, costs, counted_flop
+from bench.gpu._model import UNMEASURED, model_table
 
 _, H200, _ = CHIPS
 
