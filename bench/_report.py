@@ -72,6 +72,8 @@ def _print_contenders(row: Row) -> None:
             + (f"{_percent(figures['of_copy']):>9}{_percent(figures['of_product']):>12}" if on_gpu else "")
             + f"{_number(figures['peak_mib'], 0):>10}  {errors}"
         )
+    if row.get("impl") == "reference":
+        print("  irlfast has no kernel for this here: it ran its reference")
     for name, reason in row["skipped"].items():
         print(f"  {name}: left out, {reason}")
 
@@ -182,7 +184,7 @@ def _markdown_line(line: str, rows: Sequence[Row]) -> str:
     for row in rows:
         key = (row["work"], size(row), row["dtype"], row["pass"], variant(row), row["threads"])
         together.setdefault(key, {})[row["malloc"]] = row
-    mallocs = [m for m in ("tuned", "default") if any(m in found for found in together.values())]
+    mallocs = [m for m in ("tuned", "default", "caching") if any(m in found for found in together.values())]
     header = ["work", "shape", "dtype", "pass", "variant", "threads"]
     for malloc in mallocs:
         header += [f"{malloc}: ms", "x eager", "x torch.compile", "x best peer", "of the ceiling"]

@@ -47,6 +47,7 @@ class CudaClock:
         return result, time.perf_counter() - begin
 
     def plan(self, contender: Contender, seconds: float, budget: float) -> Plan:
+        seconds = min(seconds, self.once(contender)[1])  # the first run may have compiled
         affordable = budget / max(seconds, 1e-9)
         for _ in range(round(min(WARM_UP, max(LEAST_WARM_UP, affordable / 4)))):
             if contender.prepare is not None:

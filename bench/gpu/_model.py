@@ -46,7 +46,8 @@ def _measured(results: Sequence[Mapping[str, Any]], chip: Chip, case: GpuCase, p
         row
         for part in results
         for row in part["rows"]
-        if any(name in part["runs"][row["run"]].get("gpu", "") for name in DEVICE_NAMES[chip.name])
+        if row["impl"] != "reference"
+        and any(name in part["runs"][row["run"]].get("gpu", "") for name in DEVICE_NAMES[chip.name])
         and (row["op"], row["work"], row["shape"]) == (case.op, case.work, list(case.shape))
         and (row["dtype"], row["pass"], row["subject"]) == (case.dtype, pass_name, subject)
     ]

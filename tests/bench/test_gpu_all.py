@@ -92,7 +92,7 @@ def test_without_a_gpu_no_test_runs_and_that_is_said(tmp_path: Path) -> None:
     done = run("--python", interpreter(tmp_path, gpu=False), "--no-build", tmp_path / "out")
     assert done.returncode == 0
     assert "there is nothing to test or measure on one" in done.stdout
-    assert "pytest" not in calls(tmp_path)
+    assert "-m pytest" not in calls(tmp_path)
 
 
 def test_options_leave_stages_out(tmp_path: Path) -> None:

@@ -108,11 +108,13 @@ def test_a_pass_takes_its_products_or_their_traffic_and_then_its_sweeps() -> Non
     assert Cost(sweeps=1e12, products=1, flop=2e15, operands=4e12).seconds(chip) == 5.0
 
 
-def result(gpu: str, subject: str = OURS, date: str = "2026-01-01", ms: float = 0.5) -> dict[str, Any]:
+def result(
+    gpu: str, subject: str = OURS, date: str = "2026-01-01", ms: float = 0.5, impl: str = "triton"
+) -> dict[str, Any]:
     first = CASES[0]
     row = {
         "op": first.op, "work": first.work, "shape": list(first.shape), "dtype": first.dtype, "pass": "forward",
-        "subject": subject, "date": date, "run": "r", "contenders": {subject: {"median_ms": ms}},
+        "subject": subject, "impl": impl, "date": date, "run": "r", "contenders": {subject: {"median_ms": ms}},
     }  # fmt: skip
     return {"format": 1, "runs": {"r": {"gpu": gpu}}, "rows": [row]}
 
@@ -141,6 +143,7 @@ def test_a_measurement_stands_beside_its_own_chip_alone() -> None:
     assert measured(result("AMD Instinct MI300X OAM")) == [UNMEASURED, UNMEASURED, "0.5000"]
     assert measured(result("NVIDIA GH200 480GB")) == [UNMEASURED] * 3
     assert measured(result("NVIDIA H100 PCIe")) == [UNMEASURED] * 3
+    assert measured(result("NVIDIA H200", impl="reference")) == [UNMEASURED] * 3
     assert measured(result("NVIDIA H200", subject="irlfast, gradient in place")) == [UNMEASURED] * 3
 
 
