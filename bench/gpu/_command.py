@@ -114,6 +114,7 @@ class Session:
         left_out: dict[str, str] = {}
         while pending and time.monotonic() < deadline:
             config = {
+                "device": "cuda",
                 "ceilings": self._origin["ceilings"] is None,
                 "settings": dataclasses.asdict(dataclasses.replace(settings, left_out=left_out)),
                 "cases": [dataclasses.asdict(case) for case in pending],

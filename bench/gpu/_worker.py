@@ -69,7 +69,7 @@ def main() -> None:
         for fields in config["cases"]:
             case = GpuCase(**{**fields, "shape": tuple(fields["shape"]), "mallocs": tuple(fields["mallocs"])})
             try:
-                say(rows=measure_case(case, "cuda", settings, clock))
+                say(rows=measure_case(case, config["device"], settings, clock))
             except DeviceLost as lost:
                 say(lost=lost.name)
                 return

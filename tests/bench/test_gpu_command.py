@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -185,7 +186,7 @@ def test_a_machine_without_matplotlib_gets_no_picture_and_says_so(
 
 
 def config_of(case: GpuCase) -> dict[str, Any]:
-    return {"ceilings": True, "settings": {"skip": []}, "cases": []}
+    return {"device": "cuda", "ceilings": True, "settings": {"skip": []}, "cases": []}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -193,6 +194,46 @@ def test_a_worker_that_fails_says_with_which_code(capfd: pytest.CaptureFixture[s
     messages: list[dict[str, Any]] = []
     assert run_worker(config_of(CASES[0]), messages.append, time.monotonic() + 60) == "its process ended with code 1"
     assert messages == []
+
+
+# What the worker runs, on a machine without a GPU: the CPU, the host's clock, and no cache to give back.
+STAND_IN = """
+import torch
+from bench._harness import HostClock
+from bench.gpu import _worker
+for name in ("synchronize", "empty_cache"):
+    setattr(torch.cuda, name, lambda: None)
+_worker.CudaClock = HostClock
+_worker.measure_ceilings = lambda clock: {"copy_gb_per_s": 4000.0, "product_tflop_per_s": 800.0}
+passes = _worker.passes
+def talkative(*arguments):
+    print("what a library prints")
+    return passes(*arguments)
+_worker.passes = talkative
+_worker.main()
+"""
+
+
+def test_a_worker_measures_and_goes_on_after_a_case_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = subprocess.Popen
+
+    def stand_in(command: list[str], **rest: Any) -> Any:
+        config = {**json.loads(command[-1]), "device": "cpu"}
+        config["cases"][0]["dtype"] = "int8"
+        command = [sys.executable, "-c", STAND_IN, json.dumps(config)]
+        return start(command, **rest, stderr=subprocess.DEVNULL)
+
+    monkeypatch.setattr(_command.subprocess, "Popen", stand_in)
+    small = [dataclasses.replace(CASES[i], shape=(9, 64)) for i in (0, 1)]
+    done = Session(ORIGIN, str(tmp_path / "gpu.json"))
+    settings = Settings(budget=1e-4, memory=True, skip=("compile",))
+    done.measure(small, settings, time.monotonic() + 60)
+    assert [note["case"] for note in done.notes] == [str(small[0])]
+    assert {(r["work"], r["pass"]) for r in done.rows} == {
+        (small[1].work, name) for name in ("forward", "backward", "forward + backward")
+    }
+    assert all(figures["of_copy"] > 0 for r in done.rows for figures in r["contenders"].values())
+    assert _results.read(tmp_path / "gpu.json") == done.results()
 
 
 def test_a_worker_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ def measure(case: GpuCase) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("case", KINDS.values(), ids=str)
 def test_every_case_is_right_in_small(case: GpuCase) -> None:
     rows = measure(case)
+    assert json.loads(json.dumps(rows)) == rows
     assert {row["impl"] for row in rows} == {"cpu"}
     assert {row["malloc"] for row in rows} == {"caching"}
     assert len({row["work"] for row in rows}) == 1
