@@ -24,7 +24,7 @@ KINDS = {(case.op, case.work): dataclasses.replace(case, shape=SMALL[case.line])
 
 
 def measure(case: GpuCase) -> list[dict[str, Any]]:
-    return measure_case(case, "cpu", Settings(budget=1e-4, skip=("compile",)), HostClock())
+    return measure_case(case, "cpu", Settings(budget=1e-4, skip=("compile", "peer")), HostClock())
 
 
 @pytest.mark.parametrize("case", KINDS.values(), ids=str)
