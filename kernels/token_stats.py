@@ -124,6 +124,23 @@ def _gradient_block(logits, max, scale, constant, linear, softcap, SOFTCAP: tl.c
     return value
 
 
+@triton.jit
+def _label_gradient(
+    logit, upstream, total, constant, h, max, log_sum, temperature, softcap, SOFTCAP: tl.constexpr
+):  # fmt: skip
+    """The gradient of a label's logit, of whose row's upstream gradients it receives `upstream`."""
+    logit = logit.to(tl.float32)
+    x = (capped(logit, softcap, SOFTCAP) - max) / temperature
+    logprob = x - log_sum
+    p = tl.exp(logprob)
+    spread = tl.where(p == 0.0, 0.0, p * (constant - (total - upstream) - h * x))
+    # g (1 - p) by expm1: for a confident token 1 - p is below float32's spacing at 1.
+    value = (spread - upstream * expm1(logprob)) / temperature
+    if SOFTCAP:
+        value *= softcap_slope(logit, softcap)
+    return value
+
+
 @triton.jit(do_not_specialize=_RUNTIME)
 def token_stats_backward(
     logits,
@@ -188,38 +205,48 @@ def token_stats_backward(
         row_constant = (constant - total) * to_logits + (max - max)
         row_linear = -h * LN_2 * to_logits
 
-        # The labels' own gradients, from their logits before any is overwritten.
         inside = kept & (label >= 0) & (label < vocab)
-        label_logit = tl.load(base + label, mask=inside, other=0.0)
-        here = upstream
-        if LABELS > 1:  # a label that is repeated in its row receives all that its repeats do
+        if LABELS == 1:
+            # One thread reads the label's logit, and the others have it from the sum: were each to read it, the fastest
+            # might overwrite it before the slowest has. The gradient goes into the block that has the label.
+            column = tl.sum(tl.where(inside, label, -1), 0).to(tl.int32)
+            reader = tl.where(tl.arange(0, LANES) == 0, column, -1)
+            logit = tl.load(base + reader, mask=reader >= 0, other=0.0)
+            label_value = _label_gradient(
+                tl.sum(logit.to(tl.float32), 0),
+                total, total, constant, h, max, log_sum, temperature, softcap, SOFTCAP
+            )  # fmt: skip
+        else:
+            # Read before any is overwritten, written after all else is. A label that is repeated in its row receives
+            # all that its repeats do.
             here = tl.zeros([LABELS], tl.float32)
             for j in range(labels_per_row):
                 other_label = tl.load(labels + row * labels_per_row + j)
                 if grad_logprob is not None:
                     of_other = tl.load(grad_logprob + row * labels_per_row + j)
                     here += tl.where((label == other_label) & kept, of_other, 0.0)
-        x = (capped(label_logit, softcap, SOFTCAP) - max) / temperature
-        label_logprob = x - log_sum
-        p = tl.exp(label_logprob)
-        spread = tl.where(p == 0.0, 0.0, p * (constant - (total - here) - h * x))
-        # g (1 - p) by expm1: for a confident token 1 - p is below float32's spacing at 1.
-        label_value = (spread - here * expm1(label_logprob)) / temperature
-        if SOFTCAP:
-            label_value *= softcap_slope(label_logit.to(tl.float32), softcap)
-        tl.debug_barrier()
+            label_value = _label_gradient(
+                tl.load(base + label, mask=inside, other=0.0),
+                here, total, constant, h, max, log_sum, temperature, softcap, SOFTCAP
+            )  # fmt: skip
+            tl.debug_barrier()
 
         for start in range(0, whole, BLOCK):
             block = tl.load(base + start + columns)
             value = _gradient_block(block, max, scale, row_constant, row_linear, softcap, SOFTCAP)
+            if LABELS == 1:
+                value = tl.where(start + columns == column, label_value, value)
             tl.store(out + start + columns, value.to(gradient.dtype.element_ty))
         if whole < vocab:
             within = whole + columns < vocab
             block = tl.load(base + whole + columns, mask=within, other=0.0)
             value = _gradient_block(block, max, scale, row_constant, row_linear, softcap, SOFTCAP)
+            if LABELS == 1:
+                value = tl.where(whole + columns == column, label_value, value)
             tl.store(out + whole + columns, value.to(gradient.dtype.element_ty), mask=within)
-        tl.debug_barrier()
-        tl.store(out + label, label_value.to(gradient.dtype.element_ty), mask=inside)
+        if LABELS > 1:
+            tl.debug_barrier()
+            tl.store(out + label, label_value.to(gradient.dtype.element_ty), mask=inside)
     else:
         zeros = tl.zeros([LANES, VECTOR], gradient.dtype.element_ty)
         for start in range(0, whole, BLOCK):

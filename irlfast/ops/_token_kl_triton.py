@@ -51,8 +51,8 @@ def forward_triton(
                 vocab,
                 *p_layout[1:],
                 *q_layout[1:],
-                temperature,
-                softcap,
+                float(temperature),  # of an int Triton would make a constant, and a kernel for each
+                float(softcap),
                 js_weight,
                 kind == _MIXED,
                 softcap != 0.0,
@@ -113,8 +113,8 @@ def backward_triton(
                 *q_layout[1:],
                 *_layout(p_gradient),
                 *_layout(q_gradient),
-                temperature,
-                softcap,
+                float(temperature),  # of an int Triton would make a constant, and a kernel for each
+                float(softcap),
                 js_weight,
                 kind == _MIXED,
                 softcap != 0.0,

@@ -63,8 +63,8 @@ def statistics_triton(
                 inner_stride,
                 per_row,
                 ignore_index,
-                temperature,
-                softcap,
+                float(temperature),  # of an int Triton would make a constant, and a kernel for each
+                float(softcap),
                 softcap != 0.0,
                 power_of_two(per_row),
                 block.lanes,
@@ -145,8 +145,8 @@ def backward_triton(
                 *gradient_layout[1:],
                 per_row,
                 ignore_index,
-                temperature,
-                softcap,
+                float(temperature),  # of an int Triton would make a constant, and a kernel for each
+                float(softcap),
                 softcap != 0.0,
                 power_of_two(per_row),
                 block.lanes,

@@ -216,7 +216,8 @@ def _run_kernels(
 ) -> Tensor:
     row_temperature = None
     if isinstance(temperature, Tensor):
-        row_temperature = temperature.to(statistics_dtype(logits.dtype)).expand(logits.shape[:-1]).contiguous()
+        row_temperature = temperature.to(logits.device, statistics_dtype(logits.dtype))
+        row_temperature = row_temperature.expand(logits.shape[:-1]).contiguous()
         temperature = 1.0
     arguments = (
         logits,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -152,6 +153,9 @@ def _modules(function: Any) -> list[ModuleType]:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if _child is not None and _child.poll() is None:
         _child.kill()
+        _child.wait()
+    if _report is not None:
+        shutil.rmtree(_report.parent)
 
 
 def _interpreted(item: pytest.Item) -> bool:

@@ -150,7 +150,7 @@ def assert_one_kernel(name: str) -> None:
     """Temperature, softcap's value, the batch and its number of labels make no new kernel."""
     which = PASSES[name]
     with compile_only("sm_90") as launches:
-        for temperature, softcap in ((1.0, 30.0), (0.7, 50.0), (1.0, 1.0)):
+        for temperature, softcap in ((1.0, 30.0), (0.7, 50), (1, 1), (16, 16.0)):
             options = {**which.options, "softcap": softcap}
             which.launch(torch.bfloat16, NARROW, Block(64, 8, 2, 1), **options, temperature=temperature)
     assert len({launch.key for launch in launches}) == 1
