@@ -63,7 +63,10 @@ def eager(hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor, **opt
 
 
 def check(result: Run, inputs: Problem, upstream: Tensor, mode: str, **options: Any) -> None:
-    """Statistics no worse than from float32 logits, gradients no worse than eager's in the same type; nearly."""
+    """Statistics no worse than from float32 logits, gradients no worse than eager's in the same type; nearly.
+
+    Gradients are held to their largest element: each is a sum of products with weights of up to 150.
+    """
     inputs, upstream = inputs.to("cpu"), upstream.cpu()
     options = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in options.items()}
     wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
@@ -77,7 +80,7 @@ def check(result: Run, inputs: Problem, upstream: Tensor, mode: str, **options: 
     for name, truth in exact.gradients.items():
         assert result.gradients[name].dtype == inputs.hidden.dtype
         # The logits' gradient is rounded where bfloat16 is multiplied as such, as it is in eager.
-        tolerance = 1e-2 if inputs.hidden.dtype == torch.bfloat16 else 1e-5
+        tolerance = (1e-2 if inputs.hidden.dtype == torch.bfloat16 else 1e-5) * max(1.0, float(truth.abs().max()))
         assert error(result.gradients[name], truth) <= error(same_dtype.gradients[name], truth) + tolerance, name
 
 
