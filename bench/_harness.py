@@ -185,12 +185,16 @@ def time_in_turn(plans: Sequence[Plan]) -> dict[str, list[float]]:
     that each other time has theirs beside it.
     """
     times: dict[str, list[float]] = {plan.contender.name: [] for plan in plans}
+    # What torch's modules hold need not be looked through for garbage in the middle of somebody's turn.
+    gc.collect()
+    gc.freeze()
     most = max(plan.rounds for plan in plans if plan.contender.family == "ours")
     for turn in range(most):
         start = turn % len(plans)
         for plan in [*plans[start:], *plans[:start]]:
             if plan.contender.family == "ours" or turn < plan.rounds:
                 times[plan.contender.name].append(_seconds(plan))
+    gc.unfreeze()
     return times
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from irlfast import _native
 from irlfast.ops._dispatch import (
     DTYPE_CODES,
+    LIBRARY,
     Implementation,
     address,
     cpu_kernel_unavailable,
@@ -81,23 +82,6 @@ def gae_reference(
     return Gae(advantages.to(dtype), returns.to(dtype))
 
 
-def _run(
-    kernel: Callable[..., tuple[Tensor, Tensor]],
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    *,
-    gamma: float,
-    lam: float,
-    last_values: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> Gae:
-    dtype = compute_dtype(rewards, values)
-    rewards, values = (x.detach().to(dtype).contiguous() for x in (rewards, values))
-    last_values = None if last_values is None else last_values.detach().to(dtype).contiguous()
-    return Gae(*kernel(rewards, values, mask, offsets_beside(cu_seqlens, rewards), last_values, gamma, lam))
-
-
 def gae_cpu(
     rewards: Tensor,
     values: Tensor,
@@ -130,17 +114,39 @@ def gae_cpu(
     return advantages, returns
 
 
-def _unavailable(kernel: Callable[[Tensor], str | None], tensor: Tensor) -> str | None:
-    reason = kernel(tensor)
-    if reason is None and not runs_undispatched(tensor):
-        return "the call is being traced, and the kernel is no registered op: it has no gradient to trace for"
-    return reason
+LIBRARY.define(
+    "gae(Tensor rewards, Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor? last_values, float gamma, float lam)"
+    " -> (Tensor, Tensor)"
+)
+LIBRARY.impl("gae", gae_cpu, "CPU")
+LIBRARY.impl("gae", gae_triton, "CUDA")
+torch.library.register_fake(
+    "irlfast::gae", lambda rewards, *rest: (torch.empty_like(rewards), torch.empty_like(rewards)), lib=LIBRARY
+)
+
+
+def _run(
+    kernel: Callable[..., tuple[Tensor, Tensor]],
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    *,
+    gamma: float,
+    lam: float,
+    last_values: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Gae:
+    dtype = compute_dtype(rewards, values)
+    rewards, values = (x.detach().to(dtype).contiguous() for x in (rewards, values))
+    last_values = None if last_values is None else last_values.detach().to(dtype).contiguous()
+    run = kernel if runs_undispatched(rewards) else torch.ops.irlfast.gae
+    return Gae(*run(rewards, values, mask, offsets_beside(cu_seqlens, rewards), last_values, gamma, lam))
 
 
 IMPLEMENTATIONS = {
-    "cpu": Implementation(run=partial(_run, gae_cpu), unavailable=partial(_unavailable, cpu_kernel_unavailable)),
+    "cpu": Implementation(run=partial(_run, gae_cpu), unavailable=cpu_kernel_unavailable),
     "cuda": not_in_this_release("CUDA"),
-    "triton": Implementation(run=partial(_run, gae_triton), unavailable=partial(_unavailable, triton_takes)),
+    "triton": Implementation(run=partial(_run, gae_triton), unavailable=triton_takes),
     "reference": Implementation(run=gae_reference, unavailable=lambda tensor: None),
 }
 

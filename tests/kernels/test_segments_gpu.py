@@ -132,7 +132,7 @@ def test_a_graph_replays_on_new_values(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside the compiler
-@pytest.mark.parametrize("name", [name for name in CALLS if name != "gae"])  # which is traced by its reference
+@pytest.mark.parametrize("name", CALLS)
 def test_compiles_without_a_break(name: str) -> None:
     inputs = make_inputs()
     compiled = torch.compile(CALLS[name], fullgraph=True, backend="aot_eager")

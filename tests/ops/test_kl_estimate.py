@@ -81,6 +81,15 @@ def test_gradcheck(estimator: str) -> None:
     assert torch.autograd.gradgradcheck(lambda a, b: kl_estimate(a, b, estimator=estimator), inputs)
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_compiles_to_one_graph(estimator: str) -> None:
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    a, b = torch.randn(2, 3), torch.randn(2, 3)
+    compiled = torch.compile(lambda a, b: kl_estimate(a, b, estimator=estimator), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(a, b), kl_estimate(a, b, estimator=estimator))
+
+
 @pytest.mark.parametrize(
     ("given_dtype", "want"),
     [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],

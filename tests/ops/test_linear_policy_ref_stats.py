@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from irlfast import _native
@@ -258,6 +260,83 @@ def test_blocks_of_rows_add_up(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
     tolerance = 1e-12 if dtype == torch.float64 else 1e-2
     for ours, expected in zip((*parts[0], *parts[1]), (*whole[0], *whole[1]), strict=True):
         torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+
+
+CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    seed=st.integers(0, 2**16), vocab=st.integers(1, 5000), shift=st.floats(-150, 150), ref_shift=st.floats(-150, 150)
+)
+def test_shifts_through_the_biases_move_lse_alone(seed: int, vocab: int, shift: float, ref_shift: float) -> None:
+    torch.manual_seed(seed)
+    inputs, upstream = Inputs(5, vocab, torch.float64), upstream_for(5)
+    plain, gradients = inputs.run(linear_policy_ref_stats, upstream)
+    inputs.bias, inputs.ref_bias = inputs.bias + shift, inputs.ref_bias + ref_shift
+    moved, moved_gradients = inputs.run(linear_policy_ref_stats, upstream)
+    labelled = (inputs.labels != -100).double()
+    for name in PolicyRefStats._fields:
+        expected = getattr(plain, name) + (shift * labelled if name == "lse" else 0.0)
+        torch.testing.assert_close(getattr(moved, name), expected, **CLOSE, msg=name)
+    for one, other in zip(gradients, moved_gradients, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+
+
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 2**16), vocab=st.integers(1, 5000), ranks=st.integers(1, 4), contiguous=st.booleans())
+def test_pieces_of_the_batch_add_up(seed: int, vocab: int, ranks: int, contiguous: bool) -> None:
+    """Gradient accumulation over consecutive pieces, and rows dealt out over ranks, in any order."""
+    torch.manual_seed(seed)
+    inputs, upstream = Inputs(11, vocab, torch.float64), upstream_for(11)
+    whole, gradients = inputs.run(linear_policy_ref_stats, upstream)
+    shares = torch.arange(11).tensor_split(ranks) if contiguous else [torch.arange(r, 11, ranks) for r in range(ranks)]
+    hidden, ref_hidden, labels = inputs.hidden, inputs.ref_hidden, inputs.labels
+    totals = [torch.zeros_like(gradient) for gradient in gradients]
+    for share in shares:
+        inputs.hidden, inputs.ref_hidden, inputs.labels = hidden[share], ref_hidden[share], labels[share]
+        part, (of_hidden, *shared) = inputs.run(linear_policy_ref_stats, {k: v[share] for k, v in upstream.items()})
+        for name in PolicyRefStats._fields:
+            torch.testing.assert_close(getattr(part, name), getattr(whole, name)[share], **CLOSE, msg=name)
+        totals[0][share] = of_hidden
+        for total, gradient in zip(totals[1:], shared, strict=True):
+            total += gradient
+    for total, gradient in zip(totals, gradients, strict=True):
+        torch.testing.assert_close(total, gradient, **CLOSE)
+
+
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 2**16), vocab=st.integers(1, 9000), pieces=st.integers(1, 5))
+def test_chunk_does_not_matter(seed: int, vocab: int, pieces: int) -> None:
+    torch.manual_seed(seed)
+    inputs, upstream = Inputs(6, vocab, torch.float32), upstream_for(6)
+    piece = _native.CHUNK_PIECE
+    (one, gradients), (other, others) = (
+        inputs.run(linear_policy_ref_stats, upstream, chunk=chunk) for chunk in (piece, pieces * piece)
+    )
+    for name in PolicyRefStats._fields:
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-6, atol=1e-6, msg=name)
+    for a, b in zip(gradients, others, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_more_than_2_to_the_31_logits() -> None:
+    """Of which no more than a chunk exists at a time."""
+    torch.manual_seed(3)
+    vocab = 50_257
+    inputs = Inputs(2**31 // vocab + 3, vocab, torch.float32, depth=4, ref_depth=3)
+    upstream = upstream_for(len(inputs.hidden))
+    ends = torch.tensor([0, len(inputs.hidden) // 2, len(inputs.hidden) - 1])
+    upstream = {name: torch.zeros_like(v).index_copy(0, ends, v[ends]) for name, v in upstream.items()}
+    stats, gradients = inputs.run(linear_policy_ref_stats, upstream)
+    inputs.hidden, inputs.ref_hidden, inputs.labels = (
+        x[ends] for x in (inputs.hidden, inputs.ref_hidden, inputs.labels)
+    )
+    few = {name: v[ends] for name, v in upstream.items()}
+    exact = inputs.run(linear_policy_ref_stats_reference, few, torch.float64)
+    assert int(gradients[0].abs().sum(1).count_nonzero()) == len(ends)
+    picked = PolicyRefStats(*(statistic[ends] for statistic in stats))
+    assert_close((picked, [gradients[0][ends], *gradients[1:]]), exact)
 
 
 def test_equal_models_do_not_diverge() -> None:

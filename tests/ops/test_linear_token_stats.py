@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -412,6 +413,30 @@ def test_pieces_of_the_batch_add_up(seed: int, vocab: int, ranks: int, mode: str
     for name in sources_of(mode)[1:]:
         total = torch.stack([part.gradients[name] for part in parts]).sum(0)
         torch.testing.assert_close(total, whole.gradients[name], **close)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_more_than_2_to_the_31_logits(mode: str) -> None:
+    """No more than a chunk of them exists at a time but in keep mode, whose one buffer has offsets past 32 bits."""
+    if mode == "keep" and os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 14 * 2**30:
+        pytest.skip("the buffer takes 8 GiB, and less than 14 GiB of memory are free")
+    vocab = 50_257
+    inputs = problem(2**31 // vocab + 3, vocab, depth=4)
+    rows = len(inputs.labels)
+    ends = torch.tensor([0, rows // 2, rows - 2, rows - 1])
+    # In keep mode all rows have a gradient, so that the last rows' is written where they are; elsewhere four do.
+    upstream = torch.zeros(3, rows)
+    upstream[:, ends] = torch.randn(3, 4, generator=torch.Generator().manual_seed(5))
+    if mode == "keep":
+        upstream += 1e-6
+    run = ours(inputs, upstream, mode)
+    few = ours(inputs.take(ends), upstream[:, ends], mode)
+    for name in TokenStats._fields:
+        torch.testing.assert_close(getattr(run.stats, name)[ends], getattr(few.stats, name), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(run.gradients["hidden"][ends], few.gradients["hidden"], rtol=1e-5, atol=1e-5)
+    if mode != "keep":
+        assert int(run.gradients["hidden"].abs().sum(1).count_nonzero()) == len(ends)
 
 
 def test_ratio_to_itself_is_exactly_one() -> None:

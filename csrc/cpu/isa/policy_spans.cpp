@@ -27,6 +27,18 @@ struct Tokens {
   const Real *logprobs, *old, *ref, *rollout, *entropy, *advantages;
   const uint8_t* mask;
   Real *grad_logprobs, *grad_entropy;
+
+  IRLFAST_VEC void advance(int count) {
+    logprobs += count;
+    if (old != nullptr) old += count;
+    if (ref != nullptr) ref += count;
+    if (rollout != nullptr) rollout += count;
+    if (entropy != nullptr) entropy += count;
+    if (advantages != nullptr) advantages += count;
+    mask += count;
+    if (grad_logprobs != nullptr) grad_logprobs += count;
+    if (grad_entropy != nullptr) grad_entropy += count;
+  }
 };
 
 template <typename Real>
@@ -48,69 +60,106 @@ class Pass {
         ratio_max_(broadcast(Real(-INFINITY))) {
     if (options.sequence_correction) {
       const V gap = broadcast(Real(sequence.gap));
-      sequence_correction_ = correct(exp_accurate<Real>(at_most(gap, Real(kMaxLogRatio))).value);
+      const V held[1] = {at_most(gap, Real(kMaxLogRatio))};
+      Exp<V> e[1];
+      exp_accurate<Real>(held, e);
+      sequence_correction_ = correct(e[0].value);
     }
   }
 
-  // The terms, their slopes and all sums of kLanes tokens.
+  // The terms, their slopes and all sums of kVectors * kLanes tokens. One vector's operations wait for each other, so
+  // two go through them side by side; into the sums they go one after the other.
+  template <int kVectors>
   IRLFAST_VEC void add(const Tokens<Real>& at) {
-    if (!any_nonzero<kLanes>(at.mask)) {
-      if (at.grad_logprobs != nullptr) store(at.grad_logprobs, V{});
-      if (at.grad_entropy != nullptr) store(at.grad_entropy, V{});
+    if (!any_nonzero<kVectors * kLanes>(at.mask)) {
+      for (int u = 0; u < kVectors; ++u) {
+        if (at.grad_logprobs != nullptr) store(at.grad_logprobs + u * kLanes, V{});
+        if (at.grad_entropy != nullptr) store(at.grad_entropy + u * kLanes, V{});
+      }
       return;
     }
-    const I mask = load_mask<Real>(at.mask);
-    const V ones = mask ? broadcast<Real>(1) : V{};
+    I mask[kVectors], moves[kVectors];
+    V ones[kVectors], logprob[kVectors], advantage[kVectors], old[kVectors], ratio[kVectors];
     // Selected before anything is computed: whatever stands outside the mask takes no part.
-    const V logprob = masked(mask, at.logprobs);
-    const V advantage = at.advantages != nullptr ? masked(mask, at.advantages) : mask ? broadcast(advantage_) : V{};
-    const V old = at.old != nullptr ? masked(mask, at.old) : logprob;
-
-    V ratio = broadcast<Real>(1);
-    I moves = mask;
-    if (at.old != nullptr) {
-      const V difference = logprob - old;
-      const V below = at_most(difference, Real(kMaxLogRatio));
-      const V held = at_least(below, Real(-kMaxLogRatio));
-      moves = held == difference;
-      const Exp<V> e = exp_accurate<Real>(held);
-      ratio = e.value;
-      sum_[kSumApproxKl] += e.less_one - below;
-      const V seen = mask ? ratio : V{};
-      sum_[kSumRatio] += seen;
-      sum_[kSumRatioSquared] += seen * seen;
-      ratio_min_ = min(ratio_min_, mask ? ratio : ratio_min_);
-      ratio_max_ = max(ratio_max_, mask ? ratio : ratio_max_);
+    for (int u = 0; u < kVectors; ++u) {
+      mask[u] = load_mask<Real>(at.mask + u * kLanes);
+      ones[u] = mask[u] ? broadcast<Real>(1) : V{};
+      logprob[u] = masked(mask[u], at.logprobs + u * kLanes);
+      advantage[u] = at.advantages != nullptr ? masked(mask[u], at.advantages + u * kLanes)
+                     : mask[u]                ? broadcast(advantage_)
+                                              : V{};
+      old[u] = at.old != nullptr ? masked(mask[u], at.old + u * kLanes) : logprob[u];
+      ratio[u] = broadcast<Real>(1);
+      moves[u] = mask[u];
     }
 
-    V slope;
-    V term = policy_term(logprob, advantage, ratio, moves, ones, slope);
-    if (at.rollout != nullptr) {
-      const V gap = old - masked(mask, at.rollout);
-      const V size = gap < Real(0) ? -gap : gap;
-      sum_[kSumGap] += size;
-      gap_max_ = max(gap_max_, size);
-      const V held = at_most(gap, Real(kMaxLogRatio));
-      const Exp<V> sampled = exp_accurate<Real>(held);
-      sum_[kSumRolloutKl] += sampled.less_one - held;
-      if (o_.corrects()) {
-        const Correction c = o_.sequence_correction ? sequence_correction_ : correct(sampled.value);
-        sum_[kSumTis] += c.capped ? ones : V{};
-        sum_[kSumIcepop] += c.outside ? ones : V{};
-        term = c.outside ? V{} : term * c.factor;
-        slope = c.outside ? V{} : slope * c.factor;
+    if (at.old != nullptr) {
+      V below[kVectors], held[kVectors];
+      for (int u = 0; u < kVectors; ++u) {
+        const V difference = logprob[u] - old[u];
+        below[u] = at_most(difference, Real(kMaxLogRatio));
+        held[u] = at_least(below[u], Real(-kMaxLogRatio));
+        moves[u] = held[u] == difference;
+      }
+      Exp<V> e[kVectors];
+      exp_accurate<Real>(held, e);
+      for (int u = 0; u < kVectors; ++u) {
+        ratio[u] = e[u].value;
+        sum_[kSumApproxKl] += e[u].less_one - below[u];
+        const V seen = mask[u] ? ratio[u] : V{};
+        sum_[kSumRatio] += seen;
+        sum_[kSumRatioSquared] += seen * seen;
+        ratio_min_ = min(ratio_min_, mask[u] ? ratio[u] : ratio_min_);
+        ratio_max_ = max(ratio_max_, mask[u] ? ratio[u] : ratio_max_);
       }
     }
-    sum_[kSumPolicy] += term;
+
+    V slope[kVectors], term[kVectors];
+    for (int u = 0; u < kVectors; ++u) {
+      term[u] = policy_term(logprob[u], advantage[u], ratio[u], moves[u], ones[u], slope[u]);
+    }
+    if (at.rollout != nullptr) {
+      V held[kVectors];
+      Exp<V> sampled[kVectors];
+      for (int u = 0; u < kVectors; ++u) {
+        const V gap = old[u] - masked(mask[u], at.rollout + u * kLanes);
+        const V size = gap < Real(0) ? -gap : gap;
+        sum_[kSumGap] += size;
+        gap_max_ = max(gap_max_, size);
+        held[u] = at_most(gap, Real(kMaxLogRatio));
+      }
+      exp_accurate<Real>(held, sampled);
+      for (int u = 0; u < kVectors; ++u) sum_[kSumRolloutKl] += sampled[u].less_one - held[u];
+      if (o_.corrects()) {
+        for (int u = 0; u < kVectors; ++u) {
+          const Correction c = o_.sequence_correction ? sequence_correction_ : correct(sampled[u].value);
+          sum_[kSumTis] += c.capped ? ones[u] : V{};
+          sum_[kSumIcepop] += c.outside ? ones[u] : V{};
+          term[u] = c.outside ? V{} : term[u] * c.factor;
+          slope[u] = c.outside ? V{} : slope[u] * c.factor;
+        }
+      }
+    }
+    for (int u = 0; u < kVectors; ++u) sum_[kSumPolicy] += term[u];
     if (o_.term == PolicyTerm::kGspo) {
-      sum_[kSumTermSlope] += slope;
-      slope = V{};
+      for (int u = 0; u < kVectors; ++u) {
+        sum_[kSumTermSlope] += slope[u];
+        slope[u] = V{};
+      }
     }
 
-    if (at.ref != nullptr) slope += kl_slope(logprob - masked(mask, at.ref), ratio, moves);
-    if (at.entropy != nullptr) sum_[kSumEntropy] += masked(mask, at.entropy);
-    if (at.grad_logprobs != nullptr) store(at.grad_logprobs, mask ? slope * weight_ : V{});
-    if (at.grad_entropy != nullptr) store(at.grad_entropy, mask ? broadcast(Real(-o_.entropy_coef) * weight_) : V{});
+    if (at.ref != nullptr) {
+      V d[kVectors];
+      for (int u = 0; u < kVectors; ++u) d[u] = logprob[u] - masked(mask[u], at.ref + u * kLanes);
+      add_kl_slope(d, ratio, moves, slope);
+    }
+    for (int u = 0; u < kVectors; ++u) {
+      if (at.entropy != nullptr) sum_[kSumEntropy] += masked(mask[u], at.entropy + u * kLanes);
+      if (at.grad_logprobs != nullptr) store(at.grad_logprobs + u * kLanes, mask[u] ? slope[u] * weight_ : V{});
+      if (at.grad_entropy != nullptr) {
+        store(at.grad_entropy + u * kLanes, mask[u] ? broadcast(Real(-o_.entropy_coef) * weight_) : V{});
+      }
+    }
   }
 
   // To be called after every kBlockTokens: the error of a sum grows with its terms.
@@ -204,23 +253,35 @@ class Pass {
     return term;
   }
 
-  // kl_coef times the slope of the penalty, d being logp - ref.
-  IRLFAST_VEC V kl_slope(V d, V ratio, I moves) {
-    V kl = d, penalty = d, slope = V{};
-    if (o_.kl_estimator == KlEstimator::kK2) {
-      kl = penalty = Real(0.5) * d * d;
-      slope = d;
-    } else if (o_.kl_estimator == KlEstimator::kK3) {
-      const V held = at_least(d, Real(-kMaxLogRatio));
-      const V less_one = exp_accurate<Real>(-held).less_one;
-      kl = less_one + held;
-      penalty = ratio * kl;
-      // Where both move, kl - less_one is d: written so, the large parts of a small sum do not cancel.
-      slope = ratio * (held == d ? (moves ? d : -less_one) : (moves ? kl : V{}));
+  // Adds kl_coef times the slope of the penalty, d being logp - ref.
+  template <int kVectors>
+  IRLFAST_VEC void add_kl_slope(const V (&d)[kVectors], const V (&ratio)[kVectors], const I (&moves)[kVectors],
+                                V (&slope)[kVectors]) {
+    if (o_.kl_estimator == KlEstimator::kK3) {
+      V held[kVectors], negative[kVectors];
+      for (int u = 0; u < kVectors; ++u) {
+        held[u] = at_least(d[u], Real(-kMaxLogRatio));
+        negative[u] = -held[u];
+      }
+      Exp<V> e[kVectors];
+      exp_accurate<Real>(negative, e);
+      for (int u = 0; u < kVectors; ++u) {
+        const V kl = e[u].less_one + held[u];
+        sum_[kSumKl] += kl;
+        sum_[kSumPenalty] += ratio[u] * kl;
+        // Where both move, kl - less_one is d: written so, the large parts of a small sum do not cancel.
+        const V moving = held[u] == d[u] ? (moves[u] ? d[u] : -e[u].less_one) : (moves[u] ? kl : V{});
+        slope[u] += ratio[u] * moving * Real(o_.kl_coef);
+      }
+      return;
     }
-    sum_[kSumKl] += kl;
-    sum_[kSumPenalty] += penalty;
-    return slope * Real(o_.kl_coef);
+    const bool square = o_.kl_estimator == KlEstimator::kK2;
+    for (int u = 0; u < kVectors; ++u) {
+      const V kl = square ? Real(0.5) * d[u] * d[u] : d[u];
+      sum_[kSumKl] += kl;
+      sum_[kSumPenalty] += kl;
+      if (square) slope[u] += d[u] * Real(o_.kl_coef);
+    }
   }
 
   const PolicyTermsOptions o_;  // a copy: nothing written can be part of it
@@ -266,17 +327,14 @@ PolicySums accumulate(const PolicyTermsInput& in, const PolicyTermsOptions& opti
                     const_cast<Real*>(from<Real>(out.grad_logprobs, i)),
                     const_cast<Real*>(from<Real>(out.grad_entropy, i))};
     int k = 0;
-    for (; k + kLanes <= count; k += kLanes) {
-      pass.add(at);
-      at.logprobs += kLanes;
-      if (at.old != nullptr) at.old += kLanes;
-      if (at.ref != nullptr) at.ref += kLanes;
-      if (at.rollout != nullptr) at.rollout += kLanes;
-      if (at.entropy != nullptr) at.entropy += kLanes;
-      if (at.advantages != nullptr) at.advantages += kLanes;
-      at.mask += kLanes;
-      if (at.grad_logprobs != nullptr) at.grad_logprobs += kLanes;
-      if (at.grad_entropy != nullptr) at.grad_entropy += kLanes;
+    for (; k + 2 * kLanes <= count; k += 2 * kLanes) {
+      pass.template add<2>(at);
+      at.advance(2 * kLanes);
+    }
+    if (k + kLanes <= count) {
+      pass.template add<1>(at);
+      at.advance(kLanes);
+      k += kLanes;
     }
     if (k < count) {
       const int left = count - k;
@@ -293,7 +351,7 @@ PolicySums accumulate(const PolicyTermsInput& in, const PolicyTermsOptions& opti
       rest.mask = mask;
       if (rest.grad_logprobs != nullptr) rest.grad_logprobs = gradients[0];
       if (rest.grad_entropy != nullptr) rest.grad_entropy = gradients[1];
-      pass.add(rest);
+      pass.template add<1>(rest);
       if (at.grad_logprobs != nullptr) memcpy(at.grad_logprobs, gradients[0], size_t(left) * sizeof(Real));
       if (at.grad_entropy != nullptr) memcpy(at.grad_entropy, gradients[1], size_t(left) * sizeof(Real));
     }

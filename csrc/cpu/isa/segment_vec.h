@@ -69,9 +69,10 @@ inline int64_t count_nonzero(const uint8_t* bytes, int64_t count) {
 
 template <int kBytes>
 IRLFAST_VEC bool any_nonzero(const uint8_t* bytes) {
-  uint64_t words[2] = {};
+  uint64_t words[4] = {};
+  static_assert(kBytes <= int(sizeof words), "all bytes are looked at");
   memcpy(words, bytes, kBytes);
-  return (words[0] | words[1]) != 0;
+  return ((words[0] | words[1]) | (words[2] | words[3])) != 0;
 }
 
 // Bytes as the lanes of an integer vector, and the two halves of a vector of floats as doubles. With intrinsics where
@@ -172,21 +173,28 @@ struct Exp {
 
 // exp(x) for x <= 88 (float), 700 (double): exactly 1 at 0, and as accurate far from it, for x log2(e) is kept in two
 // parts. At least 1e-38 or so: what would underflow is held there.
-template <typename Real, typename V>
-IRLFAST_VEC Exp<V> exp_accurate(V x) {
+template <typename Real, int kVectors, typename V>
+IRLFAST_VEC void exp_accurate(const V (&x)[kVectors], Exp<V> (&result)[kVectors]) {
   using E = Exp2<Real>;
   constexpr Real kHigh = Real(kLog2E);
   constexpr Real kLow = sizeof(Real) == 4 ? Real(kLog2E - double(kHigh)) : Real(2.0355273740931033e-17);
-  x = max(broadcast(Real(sizeof(Real) == 4 ? -87 : -708)), x);
-  const V t = x * kHigh;
-  const V rest = fma(x, broadcast(kLow), fma(x, broadcast(kHigh), -t));
-  const V n = nearest<Real>(t);
-  const V f = (t - integer<Real>(n)) + rest;
-  V q = broadcast(E::kAccurateQ[0]);
-  for (int k = 1; k < E::kAccurateTerms; ++k) q = fma(q, f, broadcast(E::kAccurateQ[k]));
-  const V fraction = q * f;
-  const V scale = times_power_of_two<Real>(broadcast<Real>(1), n);
-  return {fma(scale, fraction, scale), fma(scale, fraction, scale - Real(1))};
+  V f[kVectors], n[kVectors], q[kVectors];
+  for (int u = 0; u < kVectors; ++u) {
+    const V held = max(broadcast(Real(sizeof(Real) == 4 ? -87 : -708)), x[u]);
+    const V t = held * kHigh;
+    const V rest = fma(held, broadcast(kLow), fma(held, broadcast(kHigh), -t));
+    n[u] = nearest<Real>(t);
+    f[u] = (t - integer<Real>(n[u])) + rest;
+    q[u] = broadcast(E::kAccurateQ[0]);
+  }
+  for (int k = 1; k < E::kAccurateTerms; ++k) {
+    for (int u = 0; u < kVectors; ++u) q[u] = fma(q[u], f[u], broadcast(E::kAccurateQ[k]));
+  }
+  for (int u = 0; u < kVectors; ++u) {
+    const V fraction = q[u] * f[u];
+    const V scale = times_power_of_two<Real>(broadcast<Real>(1), n[u]);
+    result[u] = {fma(scale, fraction, scale), fma(scale, fraction, scale - Real(1))};
+  }
 }
 
 }  // namespace
