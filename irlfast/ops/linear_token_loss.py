@@ -255,6 +255,8 @@ def linear_token_loss(
 
     hidden, weight, labels, bias, temperature, softcap, ignore_index, impl and chunk are as in `linear_token_stats`.
 
+    On a GPU the host waits for the number of labelled rows, and in each block for that of the rows with a gradient.
+
     Returns:
         0-d float32 (float64 for float64 input), summed over blocks in float64. Differentiable with respect to hidden,
         weight and bias, once: the gradients, made in forward, are scaled in place and handed out.
