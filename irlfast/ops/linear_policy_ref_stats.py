@@ -37,7 +37,7 @@ from irlfast.ops._dispatch import (
     select,
     statistics_dtype,
 )
-from irlfast.ops._linear import Rows, Upstream, whole_pieces
+from irlfast.ops._linear import Rows, Upstream, columns_at_once
 from irlfast.ops._linear_cpu import check_labels
 from irlfast.ops._linear_inputs import autocast, check_linear, expand_temperature, split_temperature
 from irlfast.ops._linear_pair import RUNNING, Models, Outputs, backward_pair, forward_pair
@@ -46,7 +46,6 @@ from irlfast.ops._linear_pair_triton import backward_triton, forward_triton
 from irlfast.ops._scaling import check_scaling
 from irlfast.ops._token_stats_cpu import check_row_temperature
 from irlfast.ops._triton import triton_unavailable
-from irlfast.ops.linear_token_stats import CHUNK
 from irlfast.ops.token_kl import token_kl_reference
 from irlfast.ops.token_stats import token_stats_reference
 
@@ -253,7 +252,7 @@ def _run_kernels(
     temperature: float | Tensor,
     softcap: float | None,
     ignore_index: int,
-    chunk: int,
+    chunk: int | None,
 ) -> PolicyRefStats:
     shape = labels.shape
     temperature, row_temperature = split_temperature(temperature, shape, hidden.dtype)
@@ -272,7 +271,7 @@ def _run_kernels(
         temperature,
         softcap or 0.0,
         ignore_index,
-        whole_pieces(chunk),
+        columns_at_once(chunk, hidden),
     )
     return PolicyRefStats(*(t.view(shape) for t in statistics))
 
@@ -285,7 +284,7 @@ def _run_reference(
     labels: Tensor,
     *,
     temperature: float | Tensor,
-    chunk: int,
+    chunk: int | None,
     **options: Any,
 ) -> PolicyRefStats:
     """Whole logits: chunk has nothing to decide."""
@@ -316,7 +315,7 @@ def linear_policy_ref_stats(
     softcap: float | None = None,
     ignore_index: int = -100,
     impl: str = "auto",
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> PolicyRefStats:
     """Log-prob, entropy and log-sum-exp of a policy, log-prob of a reference, and both KL divergences between them.
 
@@ -334,8 +333,9 @@ def linear_policy_ref_stats(
         softcap: c > 0 replaces each logit l of both by c tanh(l / c) before the temperature.
         ignore_index: rows with this label give 0, no gradient, and (on the CPU) cost no product.
         impl: "auto", "reference", "cpu", "cuda" or "triton". The reference makes the logits whole.
-        chunk: columns of the vocabulary worked on at a time, rounded up to a multiple of 2048. What is summed per row
-            does not depend on it. Up to 16 MiB of logits of each model (on a GPU 128 MiB) are worked on at a time.
+        chunk: columns of the vocabulary worked on at a time, rounded up to a multiple of 2048; None means 2048, on a
+            GPU 8192. What is summed per row does not depend on it. Up to 16 MiB of logits of each model (on a GPU 256
+            MiB) are worked on at a time.
 
     Returns:
         PolicyRefStats(logprob, entropy, lse, ref_logprob, reverse_kl, forward_kl), each [...], float32 (float64 for

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from irlfast.ops._dispatch import Implementation, cpu_kernel_unavailable, not_in_this_release, select, statistics_dtype
-from irlfast.ops._linear import Epilogue, Gradients, Head, Rows, Upstream, blocks, finish, pull, sweep, whole_pieces
+from irlfast.ops._linear import Epilogue, Gradients, Head, Rows, Upstream, blocks, columns_at_once, finish, pull, sweep
 from irlfast.ops._linear_cpu import CpuEpilogue, check_labels
 from irlfast.ops._linear_inputs import autocast, check_linear, expand_temperature, split_temperature
 from irlfast.ops._linear_modes import labelled_rows
@@ -26,7 +26,7 @@ from irlfast.ops._linear_triton import TritonEpilogue
 from irlfast.ops._scaling import check_scaling
 from irlfast.ops._token_stats_cpu import check_row_temperature
 from irlfast.ops._triton import triton_unavailable
-from irlfast.ops.linear_token_stats import CHUNK, linear_token_stats_reference
+from irlfast.ops.linear_token_stats import linear_token_stats_reference
 from irlfast.ops.token_stats import TokenStats
 
 # Of the statistics [n] of some rows, and those rows' numbers [n], int64: the sum of their terms, 0-d.
@@ -174,7 +174,7 @@ def _run_in_blocks(
     softcap: float | None,
     ignore_index: int,
     memory_budget: int,
-    chunk: int,
+    chunk: int | None,
 ) -> Tensor:
     number, row_temperature = split_temperature(temperature, labels.shape, hidden.dtype)
     flat = labels.reshape(-1).long().contiguous()
@@ -183,7 +183,7 @@ def _run_in_blocks(
         check_labels(labels, weight.shape[0], ignore_index)
         if row_temperature is not None:
             check_row_temperature(row_temperature)
-    chunk = whole_pieces(chunk)
+    chunk = columns_at_once(chunk, hidden)
     block = max(1, memory_budget // (weight.shape[0] * statistics_dtype(hidden.dtype).itemsize))
     sources = (hidden, weight, bias)
     needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in sources)
@@ -202,7 +202,7 @@ def _run_reference(
     *,
     temperature: float | Tensor,
     memory_budget: int,
-    chunk: int,
+    chunk: int | None,
     **options: Any,
 ) -> Tensor:
     """Whole logits: memory_budget and chunk have nothing to decide."""
@@ -237,7 +237,7 @@ def linear_token_loss(
     ignore_index: int = -100,
     impl: str = "auto",
     memory_budget: int = 256 << 20,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Tensor:  # 0-d
     """Sum of known token terms, with the gradient of hidden states and head made in the same pass.
 

@@ -36,7 +36,7 @@ from irlfast.ops._dispatch import (
     select,
     statistics_dtype,
 )
-from irlfast.ops._linear import whole_pieces
+from irlfast.ops._linear import columns_at_once
 from irlfast.ops._linear_cpu import CpuEpilogue, check_labels
 from irlfast.ops._linear_inputs import autocast, check_linear, expand_temperature, split_temperature
 from irlfast.ops._linear_modes import Outputs, backward_chunked, forward_chunked
@@ -48,9 +48,6 @@ from irlfast.ops.token_stats import TokenStats, token_stats_reference
 
 Mode = Literal["auto", "recompute", "keep", "frozen"]
 MODES: tuple[str, ...] = get_args(Mode)
-
-# Columns of the vocabulary worked on at a time: fewer make the products slower, more fall out of the caches.
-CHUNK = 2048
 
 
 def linear_token_stats_reference(
@@ -202,7 +199,7 @@ def _run_kernels(
     ignore_index: int,
     mode: str,
     memory_budget: int,
-    chunk: int,
+    chunk: int | None,
 ) -> TokenStats:
     shape = labels.shape
     if (
@@ -210,7 +207,7 @@ def _run_kernels(
     ):  # where the op itself checks, which sees labels without their shape
         check_labels(labels, weight.shape[0], ignore_index)
     temperature, row_temperature = split_temperature(temperature, shape, hidden.dtype)
-    chunk = whole_pieces(chunk)
+    chunk = columns_at_once(chunk, hidden)
     mode = resolve_mode(mode, hidden, weight, bias, labels.numel(), memory_budget)
     run: Callable[..., Outputs] = torch.ops.irlfast.linear_token_stats
     if kernels is _TRITON and runs_undispatched(hidden) and runs_undispatched(weight):
@@ -241,7 +238,7 @@ def _run_reference(
     ignore_index: int,
     mode: str,
     memory_budget: int,
-    chunk: int,
+    chunk: int | None,
 ) -> TokenStats:
     """Whole logits: mode, memory_budget and chunk have nothing to decide."""
     temperature = expand_temperature(temperature, labels.shape)
@@ -288,7 +285,7 @@ def linear_token_stats(
     impl: str = "auto",
     mode: Mode = "auto",
     memory_budget: int = 1 << 30,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> TokenStats:
     """Log-prob of each label, entropy and log-sum-exp from hidden states and the output head.
 
@@ -306,8 +303,9 @@ def linear_token_stats(
             neither weight nor bias is trained (if the loss has an entropy term, "keep" is as quick), otherwise "keep"
             where the logits fit the budget, otherwise "recompute".
         memory_budget: bytes that kept logits, 4 (float64: 8) for each row and token, may take under "auto".
-        chunk: columns of the vocabulary worked on at a time, rounded up to a multiple of 2048. What is summed per row
-            does not depend on it. Up to 16 MiB of logits (on a GPU 128 MiB) are worked on at a time.
+        chunk: columns of the vocabulary worked on at a time, rounded up to a multiple of 2048; None means 2048, on a
+            GPU 8192. What is summed per row does not depend on it. Up to 16 MiB of logits (on a GPU 256 MiB) are worked
+            on at a time.
 
     Returns:
         TokenStats(logprob, entropy, lse), each [...], float32 (float64 for float64 input), differentiable together

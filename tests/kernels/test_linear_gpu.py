@@ -42,7 +42,9 @@ def run_stats(mode: str, hidden: Tensor, weight: Tensor, bias: Tensor, labels: T
     leaves = [hidden.detach().requires_grad_()]
     leaves += [t.detach().requires_grad_(trained) for t in (weight, bias)]
     temperature = torch.linspace(0.5, 1.5, len(labels), device="cuda")
-    stats = linear_token_stats(leaves[0], leaves[1], labels, bias=leaves[2], temperature=temperature, mode=mode)
+    stats = linear_token_stats(
+        leaves[0], leaves[1], labels, bias=leaves[2], temperature=temperature, mode=mode, chunk=2048
+    )
     weights = torch.arange(len(labels), device="cuda", dtype=torch.float32).sub(10).clamp(min=0)
     gradients = torch.autograd.grad(list(stats), leaves if trained else leaves[:1], [weights] * 3)
     return *stats, *gradients
@@ -50,7 +52,9 @@ def run_stats(mode: str, hidden: Tensor, weight: Tensor, bias: Tensor, labels: T
 
 def run_pair(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
     leaves = [t.detach().requires_grad_() for t in (hidden, weight, bias)]
-    stats = linear_policy_ref_stats(leaves[0], leaves[1], hidden, weight * 0.9, labels, bias=leaves[2], softcap=30.0)
+    stats = linear_policy_ref_stats(
+        leaves[0], leaves[1], hidden, weight * 0.9, labels, bias=leaves[2], softcap=30.0, chunk=2048
+    )
     outputs = [stats.logprob, stats.entropy, stats.reverse_kl, stats.forward_kl]
     return *stats, *torch.autograd.grad(outputs, leaves, [torch.ones_like(s) for s in outputs])
 
@@ -115,7 +119,7 @@ def test_loss_equals_statistics() -> None:
     leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
     budget = 30 * VOCAB * 4
     value = linear_token_loss(
-        hidden, weight, labels, lambda s, n: (weights[n] * s.logprob).sum(), bias=bias, memory_budget=budget
+        hidden, weight, labels, lambda s, n: (weights[n] * s.logprob).sum(), bias=bias, memory_budget=budget, chunk=2048
     )
     expected = (weights * linear_token_stats(hidden, weight, labels, bias=bias).logprob).sum()
     torch.testing.assert_close(value, expected)

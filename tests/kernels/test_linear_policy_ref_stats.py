@@ -79,6 +79,10 @@ def pair_of(
     return Pair(torch.cat([eye, noise], 1), weight, bias, eye, ref_logits.t(), ref_bias, labels).to(dtype).to(device)
 
 
+def fused(*arguments: Any, **options: Any) -> PolicyRefStats:
+    return linear_policy_ref_stats(*arguments, **{"impl": "triton", "chunk": PIECE, **options})
+
+
 class Run(NamedTuple):
     stats: PolicyRefStats
     gradients: list[Tensor]  # of hidden, weight and bias
@@ -132,14 +136,14 @@ def test_matches_float64(
     device: str, dtype: torch.dtype, vocab: int, make: Callable[..., tuple[Tensor, Tensor]]
 ) -> None:
     inputs, upstream = pair_of(make, vocab, dtype, device), upstream_for()
-    check(differentiate(linear_policy_ref_stats, inputs, upstream, impl="triton"), inputs, upstream)
+    check(differentiate(fused, inputs, upstream), inputs, upstream)
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_each_gradient_alone_with_a_temperature_of_each_row_and_softcap(device: str, name: str) -> None:
     inputs, upstream = pair_of(device=device), upstream_for((name,))
     options = {"temperature": torch.linspace(0.5, 1.5, 5, device=device), "softcap": 8.0}
-    run = differentiate(linear_policy_ref_stats, inputs, upstream, impl="triton", **options)
+    run = differentiate(fused, inputs, upstream, **options)
     check(run, inputs, upstream, **options)
 
 
@@ -148,7 +152,7 @@ def test_tokens_that_both_lack(device: str, bias: Callable[[int], Tensor]) -> No
     """A chunk without anything finite, the first, among them."""
     inputs, upstream = pair_of(biases=(bias, bias), device=device), upstream_for()
     upstream["logprob"].zero_()  # of a masked label it is -inf, whose gradient the reference makes NaN
-    result = differentiate(linear_policy_ref_stats, inputs, upstream, impl="triton")
+    result = differentiate(fused, inputs, upstream)
     # As good as masked, and known to the reference's gradient.
     finite = inputs._replace(bias=inputs.bias.clamp(min=-300.0), ref_bias=inputs.ref_bias.clamp(min=-300.0))
     exact = differentiate(linear_policy_ref_stats_reference, finite.to("cpu").to(torch.float64), upstream)
@@ -164,7 +168,7 @@ def test_tokens_that_one_lacks(device: str, side: int, masked: Callable[[int], T
     """One divergence is infinite and passes no gradient, the other is finite and passes its own."""
     biases = (masked, unmasked) if side == 0 else (unmasked, masked)
     inputs, upstream = pair_of(biases=biases, device=device), upstream_for(("reverse_kl", "forward_kl"))
-    result = differentiate(linear_policy_ref_stats, inputs, upstream, impl="triton")
+    result = differentiate(fused, inputs, upstream)
     infinite, finite = ("forward_kl", "reverse_kl") if side == 0 else ("reverse_kl", "forward_kl")
     assert getattr(result.stats, infinite).cpu().isinf().tolist() == [True, False, True, True, True]
     leaf = pair_logits(inputs).requires_grad_()
@@ -184,7 +188,7 @@ def pair_logits(inputs: Pair) -> Tensor:
 def test_equal_models_diverge_by_exactly_zero(device: str) -> None:
     inputs = pair_of(device=device)
     inputs = inputs._replace(ref_hidden=inputs.hidden, ref_weight=inputs.weight, ref_bias=inputs.bias)
-    stats = differentiate(linear_policy_ref_stats, inputs, upstream_for(), impl="triton").stats
+    stats = differentiate(fused, inputs, upstream_for()).stats
     assert torch.equal(stats.logprob, stats.ref_logprob)
     for kl in (stats.reverse_kl, stats.forward_kl):
         assert not bool(kl.any())
@@ -196,12 +200,12 @@ def test_row_without_a_distribution_is_nan_alone(device: str, side: int) -> None
     inputs = pair_of(device=device)
     inputs[side][1:3, 1] = math.nan
     upstream = {name: torch.ones(5) for name in DIFFERENTIABLE}
-    result = differentiate(linear_policy_ref_stats, inputs, upstream, impl="triton")
+    result = differentiate(fused, inputs, upstream)
     for statistic in (result.stats.reverse_kl, result.stats.forward_kl, result.gradients[0].sum(1)):
         assert statistic.isnan().tolist() == [False, False, True, False, False]
     for gradient in upstream.values():
         gradient[2] = 0
-    silent = differentiate(linear_policy_ref_stats, inputs, upstream, impl="triton")
+    silent = differentiate(fused, inputs, upstream)
     assert all(bool(gradient.isfinite().all()) for gradient in silent.gradients)
     assert not bool(silent.gradients[0][1:3].any())
 
@@ -210,7 +214,7 @@ def test_row_without_a_distribution_is_nan_alone(device: str, side: int) -> None
 def test_label_outside_the_vocabulary_makes_its_row_nan_alone(device: str, label: int) -> None:
     inputs = pair_of(device=device)
     inputs.labels[2] = label
-    result = differentiate(linear_policy_ref_stats, inputs, upstream_for(), impl="triton")
+    result = differentiate(fused, inputs, upstream_for())
     for statistic in (*result.stats, result.gradients[0].sum(1)):
         assert statistic.isnan().tolist() == [False, False, True, False, False]
 
@@ -226,10 +230,7 @@ def test_chunks_do_not_change_the_bits(device: str) -> None:
     }
     inputs = inputs._replace(**exact)
     inputs.hidden[:, 5:] = 0
-    one, all_ = (
-        differentiate(linear_policy_ref_stats, inputs, upstream_for(), impl="triton", chunk=chunk)
-        for chunk in (PIECE, 3 * PIECE)
-    )
+    one, all_ = (differentiate(fused, inputs, upstream_for(), chunk=chunk) for chunk in (PIECE, 3 * PIECE))
     for a, b in zip((*one.stats, *one.gradients[1:]), (*all_.stats, *all_.gradients[1:]), strict=True):
         assert torch.equal(a, b)
 
@@ -241,7 +242,7 @@ def test_no_rows_and_no_labels(device: str) -> None:
             hidden=inputs.hidden[rows], ref_hidden=inputs.ref_hidden[rows], labels=inputs.labels[rows]
         )
         upstream = {name: torch.ones(len(part.labels)) for name in DIFFERENTIABLE}
-        result = differentiate(linear_policy_ref_stats, part, upstream, impl="triton")
+        result = differentiate(fused, part, upstream)
         for value in (*result.stats, *result.gradients):
             assert not bool(value.any())
 

@@ -55,7 +55,8 @@ def sources_of(mode: str) -> tuple[str, ...]:
 
 
 def ours(inputs: Problem, upstream: Tensor, mode: str, **options: Any) -> Run:
-    return differentiate(linear_token_stats, inputs, upstream, sources_of(mode), impl="triton", mode=mode, **options)
+    options = {"impl": "triton", "mode": mode, "chunk": PIECE, **options}
+    return differentiate(linear_token_stats, inputs, upstream, sources_of(mode), **options)
 
 
 def eager(hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor, **options: Any) -> TokenStats:
@@ -181,7 +182,9 @@ def test_confident_token_keeps_its_digits(device: str, mode: str, gap: float) ->
     weight = torch.zeros(vocab, 1, device=device)
     weight[2100] = gap
     hidden = torch.ones(1, 1, device=device, requires_grad=True)
-    logprob = linear_token_stats(hidden, weight, torch.tensor([2100], device=device), impl="triton", mode=mode).logprob
+    logprob = linear_token_stats(
+        hidden, weight, torch.tensor([2100], device=device), impl="triton", mode=mode, chunk=PIECE
+    ).logprob
     (gradient,) = torch.autograd.grad(logprob.sum(), hidden)
     others = (vocab - 1) * math.exp(-gap)
     assert float(logprob.detach()) == pytest.approx(-math.log1p(others), rel=1e-5, abs=0)
@@ -316,7 +319,9 @@ def test_loss_matches_float64(device: str, dtype: torch.dtype, block: int) -> No
     ):
         leaves = [t.detach().requires_grad_() for t in given[:3]]
         options = (
-            {"impl": "triton", "memory_budget": block * VOCABULARIES[-1] * 4} if function is linear_token_loss else {}
+            {"impl": "triton", "memory_budget": block * VOCABULARIES[-1] * 4, "chunk": PIECE}
+            if function is linear_token_loss
+            else {}
         )
         value = function(
             *leaves[:2], given.labels, Terms(given.hidden.device.type), bias=leaves[2], softcap=20.0, **options
