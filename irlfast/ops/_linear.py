@@ -25,8 +25,8 @@ CHUNK = 2048
 # Logits worked on at a time: enough rows and columns for the products to run at full speed, and no more memory.
 SCRATCH_BYTES = 16 << 20
 
-# The same on a GPU. What a block of rows and columns adds to an element of a gradient costs 16 bytes read and written: a
-# sixth of the time of a product over 8192 at 700 TFLOP/s and 4 TB/s. Predicted, unmeasured.
+# The same on a GPU. What a block of rows and columns adds to an element of a gradient costs 16 bytes read and written,
+# a sixth of the time of a product over 8192 at 700 TFLOP/s and 4 TB/s. Predicted, unmeasured.
 GPU_CHUNK = 8192
 GPU_SCRATCH_BYTES = 256 << 20
 
