@@ -128,10 +128,10 @@ BREAKS: dict[str, tuple[str, str, str, Callable[[], None]]] = {
         "    temperature: tl.constexpr,\n    softcap,\n",
         assert_one_kernel,
     ),
-    "a kernel for the first chunk": (
+    "a kernel for each chunk": (
         "linear_token_stats",
-        'RUNTIME = ["first_column", ',
-        "RUNTIME = [",
+        "    first_column,\n",
+        "    first_column: tl.constexpr,\n",
         assert_one_kernel,
     ),
 }
