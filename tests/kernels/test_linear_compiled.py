@@ -128,10 +128,10 @@ BREAKS: dict[str, tuple[str, str, str, Callable[[], None]]] = {
         "    temperature: tl.constexpr,\n    softcap,\n",
         assert_one_kernel,
     ),
-    "a kernel for each chunk": (
+    "a softcap's value as a constant": (
         "linear_token_stats",
-        "    first_column,\n",
-        "    first_column: tl.constexpr,\n",
+        "    softcap,\n    SOFTCAP: tl.constexpr,\n",
+        "    softcap: tl.constexpr,\n    SOFTCAP: tl.constexpr,\n",
         assert_one_kernel,
     ),
 }
