@@ -1,4 +1,4 @@
-"""`python -m bench all`, `python -m bench OP` or `python -m bench table`; each has --help."""
+"""`python -m bench all`, `OP`, `gpu` or `table`; each has --help."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import sys
 from bench import table
 from bench._run import main as measure
 from bench._run import op_modules
+from bench.gpu import _command as gpu
 
 
 def main(argv: list[str]) -> int:
     targets = ["all", *op_modules()]
     if argv and argv[0] == "table":
         return table.main(argv[1:])
+    if argv and argv[0] == "gpu":
+        return gpu.main(argv[1:])
     if not argv or argv[0] not in targets:
-        usage = f"usage: python -m bench {{{','.join([*targets, 'table'])}}} [options]; --help after it shows them"
+        names = ",".join([*targets, "gpu", "table"])
+        usage = f"usage: python -m bench {{{names}}} [options]; --help after it shows them"
         asked = bool(argv) and argv[0] in ("-h", "--help")
         print(usage, file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2

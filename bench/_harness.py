@@ -8,9 +8,9 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,19 +36,44 @@ class Settings:
         budget: seconds that a contender may take for its rounds, of which there are at least LEAST_ROUNDS.
         memory: whether to measure peak memory, which takes one more run of each.
         skip: families that do not take part.
+        left_out: contenders that do not take part, with the reason.
     """
 
     budget: float = 0.5
     memory: bool = False
     skip: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
-def measure_pass(work: Pass, malloc: str, settings: Settings) -> list[dict[str, Any]]:
-    """One row for each of our contenders in the pass.
+class Clock(Protocol):
+    """How runs on a device are timed."""
+
+    def once(self, contender: Contender) -> tuple[Sequence[Tensor], float]:
+        """Outputs of one run, and about how many seconds it took."""
+
+    def plan(self, contender: Contender, seconds: float, budget: float) -> Plan:
+        """How often to time a contender that takes so many seconds; warms up where that is usual."""
+
+    def seconds(self, plan: Plan) -> float:
+        """Of one timing."""
+
+    def peak_mib(self, contender: Contender) -> tuple[float, float] | None:
+        """MiB that one run needs at most above its inputs, and above inputs and outputs; None where nobody knows."""
+
+    def figures(self, name: str, times: Sequence[float]) -> dict[str, float]:
+        """What a row says of a contender's times besides the median."""
+
+    def recover(self, name: str) -> None:
+        """Called after a rival has failed; raises where nothing can be measured any more."""
+
+
+def measure_pass(work: Pass, malloc: str, settings: Settings, clock: Clock | None = None) -> list[dict[str, Any]]:
+    """One row for each of our contenders in the pass. Without a clock, the host's.
 
     Raises:
         WrongResult: one of ours is wrong. A rival that is wrong or cannot run here is left out, and its row says why.
     """
+    clock = clock or HostClock()
     skipped = dict(work.skipped)
     errors: dict[str, dict[str, float]] = {}
     plans: list[Plan] = []
@@ -58,17 +83,21 @@ def measure_pass(work: Pass, malloc: str, settings: Settings) -> list[dict[str, 
             if contender.family in settings.skip:
                 skipped[contender.name] = f"{contender.family} contenders were left out on request"
                 continue
+            if contender.name in settings.left_out:
+                skipped[contender.name] = settings.left_out[contender.name]
+                continue
             try:
-                errors[contender.name], seconds = _try_out(contender, work.truth, work.tolerance)
+                errors[contender.name], seconds = _try_out(contender, work.truth, work.tolerance, clock)
             except Exception as problem:
                 if contender.family in ("ours", "ceiling"):
                     raise
-                skipped[contender.name] = f"{type(problem).__name__}: {str(problem).strip().splitlines()[0]}"
+                skipped[contender.name] = f"{type(problem).__name__}: {(str(problem).strip() or '-').splitlines()[0]}"
+                clock.recover(contender.name)
                 continue
             if settings.memory and contender.family != "ceiling":
-                memory[contender.name] = peak_mib(contender)
-            plans.append(Plan.of(contender, seconds, settings.budget))
-        times = time_in_turn(plans)
+                memory[contender.name] = clock.peak_mib(contender)
+            plans.append(clock.plan(contender, seconds, settings.budget))
+        times = time_in_turn(plans, clock.seconds)
     rows = []
     for subject, bars in work.bars.items():
         figures = {
@@ -76,6 +105,7 @@ def measure_pass(work: Pass, malloc: str, settings: Settings) -> list[dict[str, 
                 "family": plan.contender.family,
                 "rounds": len(times[plan.contender.name]),
                 "median_ms": statistics.median(times[plan.contender.name]) * 1e3,
+                **clock.figures(plan.contender.name, times[plan.contender.name]),
                 "ratio": paired_ratio(times[plan.contender.name], times[subject]),
                 **_rates(plan.contender, work, statistics.median(times[plan.contender.name])),
                 **_memory_figures(memory.get(plan.contender.name)),
@@ -115,13 +145,15 @@ def _memory_figures(measured: tuple[float, float] | None) -> dict[str, float | N
     return {"peak_mib": peak, "extra_mib": extra}
 
 
-def _try_out(contender: Contender, truth: Sequence[Truth], tolerance: float) -> tuple[dict[str, float], float]:
+def _try_out(
+    contender: Contender, truth: Sequence[Truth], tolerance: float, clock: Clock
+) -> tuple[dict[str, float], float]:
     """Largest absolute error of each output, and how long a run takes about."""
-    result, seconds = _run_once(contender)
+    result, seconds = clock.once(contender)
     errors = {} if contender.family == "ceiling" else check(contender.name, result, truth, tolerance)
     del result
     if contender.family == "compile" or seconds < 0.1:  # the first run compiled, or filled caches
-        seconds = _run_once(contender)[1]
+        seconds = clock.once(contender)[1]
     return errors, seconds
 
 
@@ -178,7 +210,7 @@ class Plan:
         return cls(contender, min(max(rounds, least), MOST_ROUNDS), repeats)
 
 
-def time_in_turn(plans: Sequence[Plan]) -> dict[str, list[float]]:
+def time_in_turn(plans: Sequence[Plan], seconds: Callable[[Plan], float]) -> dict[str, list[float]]:
     """Seconds of each contender in each of its rounds.
 
     A round runs all that have rounds left, beginning with another one each time. Ours take part in every round, so
@@ -193,7 +225,7 @@ def time_in_turn(plans: Sequence[Plan]) -> dict[str, list[float]]:
         start = turn % len(plans)
         for plan in [*plans[start:], *plans[:start]]:
             if plan.contender.family == "ours" or turn < plan.rounds:
-                times[plan.contender.name].append(_seconds(plan))
+                times[plan.contender.name].append(seconds(plan))
     gc.unfreeze()
     return times
 
@@ -244,3 +276,18 @@ def _status_mib(field: str) -> float:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) / 1024
     raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+class HostClock:
+    """Timed by the host, which does the work."""
+
+    once = staticmethod(_run_once)
+    plan = staticmethod(Plan.of)
+    seconds = staticmethod(_seconds)
+    peak_mib = staticmethod(peak_mib)
+
+    def figures(self, name: str, times: Sequence[float]) -> dict[str, float]:
+        return {}
+
+    def recover(self, name: str) -> None:
+        pass

@@ -61,20 +61,29 @@ def print_rows(rows: Sequence[Row]) -> None:
 
 def _print_contenders(row: Row) -> None:
     print(f"\n{title(row)}")
-    print(f"  {'':50}{'ms':>10}{'ratio':>7}{'GB/s':>7}{'GF/s':>7}{'peak MiB':>10}  largest error")
+    on_gpu = "of_copy" in row["contenders"][row["subject"]]
+    shares = f"{'of copy':>9}{'of product':>12}" if on_gpu else ""
+    print(f"  {'':50}{'ms':>10}{'ratio':>7}{'GB/s':>7}{'GF/s':>7}{shares}{'peak MiB':>10}  largest error")
     for name, figures in row["contenders"].items():
         errors = ", ".join(f"{output} {error:.1e}" for output, error in figures["error"].items())
         print(
             f"  {name:50}{milliseconds(figures['median_ms']):>10}{figures['ratio']:7.2f}"
             f"{_number(figures['gb_per_s'], 1):>7}{_number(figures['gflop_per_s'], 0):>7}"
-            f"{_number(figures['peak_mib'], 0):>10}  {errors}"
+            + (f"{_percent(figures['of_copy']):>9}{_percent(figures['of_product']):>12}" if on_gpu else "")
+            + f"{_number(figures['peak_mib'], 0):>10}  {errors}"
         )
+    if row.get("impl") == "reference":
+        print("  irlfast has no kernel for this here: it ran its reference")
     for name, reason in row["skipped"].items():
         print(f"  {name}: left out, {reason}")
 
 
 def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
 
 
 def summary(rows: Iterable[Row]) -> list[dict[str, Any]]:
@@ -140,7 +149,7 @@ def headline(results: Mapping[str, Any]) -> str:
             what = ", ".join(filter(None, [row["pass"], variant(row)]))
             milli = milliseconds(row["contenders"][row["subject"]]["median_ms"])
             body.append([row["work"], size(row), what, milli, *(_number(ratio, 1) for ratio in ratios)])
-    return _table(["work", "shape", "pass", "ms", "x eager", "x torch.compile"], body)
+    return table(["work", "shape", "pass", "ms", "x eager", "x torch.compile"], body)
 
 
 def _origin(results: Mapping[str, Any]) -> str:
@@ -155,7 +164,7 @@ def _origin(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines.extend("| " + " | ".join(cells) + " |" for cells in rows)
     return "\n".join(lines)
@@ -163,7 +172,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _markdown_summary(rows: Sequence[Row]) -> str:
     entries = summary(rows)
-    return _table(
+    return table(
         ["line", "bar", "met", "worst case"],
         ([entry["line"], entry["bar"], _counts(entry), _worst(entry)] for entry in entries),
     )
@@ -175,7 +184,7 @@ def _markdown_line(line: str, rows: Sequence[Row]) -> str:
     for row in rows:
         key = (row["work"], size(row), row["dtype"], row["pass"], variant(row), row["threads"])
         together.setdefault(key, {})[row["malloc"]] = row
-    mallocs = [m for m in ("tuned", "default") if any(m in found for found in together.values())]
+    mallocs = [m for m in ("tuned", "default", "caching") if any(m in found for found in together.values())]
     header = ["work", "shape", "dtype", "pass", "variant", "threads"]
     for malloc in mallocs:
         header += [f"{malloc}: ms", "x eager", "x torch.compile", "x best peer", "of the ceiling"]
@@ -191,7 +200,7 @@ def _markdown_line(line: str, rows: Sequence[Row]) -> str:
         cells.append(_number(max(peaks), 0) if peaks else "")
         cells.append(", ".join(f"{output} {error:.1e}" for output, error in errors.items()))
         body.append(cells)
-    return f"### Line {line}\n\n" + _table(header, body)
+    return f"### Line {line}\n\n" + table(header, body)
 
 
 def _figures(row: Row) -> list[str]:

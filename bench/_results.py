@@ -17,7 +17,7 @@ import irlfast
 from irlfast import _native
 
 Key = tuple[Any, ...]
-PEER_PACKAGES = ("trl", "liger-kernel", "cut-cross-entropy", "triton")
+PEER_PACKAGES = ("trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "verl", "triton")
 
 
 def empty() -> dict[str, Any]:

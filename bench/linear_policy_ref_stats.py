@@ -74,7 +74,7 @@ def passes(case: Case) -> Iterator[Pass]:
     yield Pass(
         name="forward",
         contenders=[
-            *(Contender(name=name, family=family, run=_forward(form, inputs)) for name, family, form in forms),
+            *(Contender(name=name, family=family, run=run_forward(form, inputs)) for name, family, form in forms),
             *product_ceilings(hidden, weight, gradients=0),
         ],
         bars={OURS: [Bar(kind="overrun", against={FORWARD: 2}, limit=1.10), *memory]},
@@ -94,7 +94,7 @@ def passes(case: Case) -> Iterator[Pass]:
             name=name,
             contenders=[
                 *(
-                    Contender(name=n, family=family, run=_both(form, arguments, upstream, leaves))
+                    Contender(name=n, family=family, run=run_both(form, arguments, upstream, leaves))
                     for n, family, form in forms
                 ),
                 *product_ceilings(hidden, weight, gradients=len(leaves)),
@@ -109,11 +109,11 @@ def passes(case: Case) -> Iterator[Pass]:
         )
 
 
-def _forward(form: Form, inputs: tuple[Tensor, ...]) -> Callable[[], Outputs]:
+def run_forward(form: Form, inputs: tuple[Tensor, ...]) -> Callable[[], Outputs]:
     return lambda: form(*inputs)
 
 
-def _both(
+def run_both(
     form: Form, arguments: tuple[Tensor, ...], upstream: list[Tensor], leaves: list[Tensor]
 ) -> Callable[[], Outputs]:
     def run() -> Outputs:

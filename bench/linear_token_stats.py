@@ -6,6 +6,7 @@ Shapes are rows x depth x vocabulary. Logits have a standard deviation of about 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,10 +57,10 @@ MEMORY_BAR = Bar(kind="extra_mib", limit=40)
 CHECKED_ROWS = slice(0, 8)
 
 
-def ours(work: str, mode: str) -> Form:
-    count = len(OUTPUTS[work])
-    order = slice(0, count)
-    return lambda hidden, weight, labels: tuple(linear_token_stats(hidden, weight, labels, mode=mode)[order])  # type: ignore[arg-type]
+def ours(work: str, mode: str, softcap: float | None = None) -> Form:
+    order = slice(0, len(OUTPUTS[work]))
+    options: dict[str, Any] = {"mode": mode, "softcap": softcap}
+    return lambda hidden, weight, labels: tuple(linear_token_stats(hidden, weight, labels, **options)[order])
 
 
 def rivals(work: str) -> tuple[list[tuple[str, Family, Form]], dict[str, str]]:
@@ -95,7 +96,7 @@ def passes(case: Case) -> Iterator[Pass]:
             name="forward",
             contenders=[
                 *(
-                    Contender(name=name, family=family, run=_forward(form, hidden, weight, labels))
+                    Contender(name=name, family=family, run=run_forward(form, hidden, weight, labels))
                     for name, family, form in [(OURS, "ours", ours(work, "auto")), *others]
                 ),
                 *product_ceilings(hidden, weight, gradients=0),
@@ -124,11 +125,11 @@ def passes(case: Case) -> Iterator[Pass]:
             (
                 f"{OURS}, {mode}",
                 "ours",
-                _one_pass(*arguments) if mode == ONE_PASS else _both(ours(work, mode), *arguments),
+                run_one_pass(*arguments) if mode == ONE_PASS else run_both(ours(work, mode), *arguments),
             )
             for mode in modes
         ]
-        runs.extend((n, family, _both(form, *arguments)) for n, family, form in others)
+        runs.extend((n, family, run_both(form, *arguments)) for n, family, form in others)
         yield Pass(
             name=name,
             contenders=[
@@ -149,11 +150,11 @@ def passes(case: Case) -> Iterator[Pass]:
         )
 
 
-def _forward(form: Form, hidden: Tensor, weight: Tensor, labels: Tensor) -> Callable[[], Outputs]:
+def run_forward(form: Form, hidden: Tensor, weight: Tensor, labels: Tensor) -> Callable[[], Outputs]:
     return lambda: form(hidden, weight, labels)
 
 
-def _both(
+def run_both(
     form: Form, hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Outputs, leaves: list[Tensor]
 ) -> Callable[[], Outputs]:
     def run() -> Outputs:
@@ -163,35 +164,46 @@ def _both(
     return run
 
 
-def _one_pass(
-    hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Outputs, leaves: list[Tensor]
+def run_one_pass(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    upstream: Outputs,
+    leaves: list[Tensor],
+    softcap: float | None = None,
 ) -> Callable[[], Outputs]:
     """The loss whose gradients with respect to the statistics are `upstream`."""
 
     def loss(stats: TokenStats, rows: Tensor) -> Tensor:
         return torch.stack([(g[rows] * value).sum() for g, value in zip(upstream, stats, strict=False)]).sum()
 
-    return lambda: torch.autograd.grad(linear_token_loss(hidden, weight, labels, loss), leaves)
+    return lambda: torch.autograd.grad(linear_token_loss(hidden, weight, labels, loss, softcap=softcap), leaves)
 
 
-def forward_truth(hidden: Tensor, weight: Tensor, labels: Tensor, outputs: tuple[str, ...]) -> list[Truth]:
+def forward_truth(
+    hidden: Tensor, weight: Tensor, labels: Tensor, outputs: tuple[str, ...], softcap: float | None = None
+) -> list[Truth]:
     """Every row, a few at a time: float64 needs much memory."""
     wide = weight.double()
     parts = [
-        linear_token_stats_reference(x.double(), wide, y)
+        linear_token_stats_reference(x.double(), wide, y, softcap=softcap)
         for x, y in zip(hidden.split(64), labels.split(64), strict=True)
     ]
     return [Truth(name=name, value=torch.cat([getattr(part, name) for part in parts])) for name in outputs]
 
 
-def hidden_gradient_truth(hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Outputs) -> Truth:
+def hidden_gradient_truth(
+    hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Outputs, softcap: float | None = None
+) -> Truth:
     leaf = hidden[CHECKED_ROWS].double().requires_grad_()
-    exact = linear_token_stats_reference(leaf, weight.double(), labels[CHECKED_ROWS])[: len(upstream)]
+    exact = linear_token_stats_reference(leaf, weight.double(), labels[CHECKED_ROWS], softcap=softcap)[: len(upstream)]
     (value,) = torch.autograd.grad(exact, leaf, [g[CHECKED_ROWS].double() for g in upstream])
     return Truth(name="dX", value=value, select=CHECKED_ROWS)
 
 
-def weight_gradient_truth(hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Outputs) -> Truth:
+def weight_gradient_truth(
+    hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Outputs, softcap: float | None = None
+) -> Truth:
     """Some labels' rows of dW, which sum over all rows of the logits."""
     chosen = labels[:64].unique()
     wide = weight.double()
@@ -200,6 +212,6 @@ def weight_gradient_truth(hidden: Tensor, weight: Tensor, labels: Tensor, upstre
     for rows in torch.arange(len(labels)).split(64):
         x = hidden[rows].double()
         logits = (x @ wide.T).index_copy(1, chosen, x @ leaf.T)
-        exact = token_stats_reference(logits, labels[rows])[: len(upstream)]
+        exact = token_stats_reference(logits, labels[rows], softcap=softcap)[: len(upstream)]
         value += torch.autograd.grad(exact, leaf, [g[rows].double() for g in upstream])[0]
     return Truth(name="dW", value=value, select=chosen)

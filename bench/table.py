@@ -8,9 +8,13 @@ from pathlib import Path
 
 from bench import _results
 from bench._report import headline, markdown
+from bench.gpu._model import model_table
 
 # In a page, what stands between two comments is the tables of the file that the first one names.
-BLOCK = re.compile(r"(<!-- (?P<kind>figures|headline): (?P<file>\S+) -->\n).*?(?=<!-- end of figures -->)", re.DOTALL)
+# "model" names files by a pattern, of which there may be none.
+BLOCK = re.compile(
+    r"(<!-- (?P<kind>figures|headline|model): (?P<file>\S+) -->\n).*?(?=<!-- end of figures -->)", re.DOTALL
+)
 KINDS = {"figures": markdown, "headline": headline}
 
 
@@ -18,7 +22,11 @@ def fill(page: str, read: Path) -> str:
     """A page with the tables of the files that it names, which are looked for below `read`."""
 
     def replace(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{KINDS[match['kind']](_results.read(read / match['file']))}\n\n"
+        if match["kind"] == "model":
+            tables = model_table([_results.read(file) for file in sorted(read.glob(match["file"]))])
+        else:
+            tables = KINDS[match["kind"]](_results.read(read / match["file"]))
+        return f"{match[1]}\n{tables}\n\n"
 
     return BLOCK.sub(replace, page)
 

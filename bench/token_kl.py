@@ -108,7 +108,7 @@ def passes(case: Case) -> Iterator[Pass]:
     yield Pass(
         name="forward",
         contenders=[
-            *(Contender(name=n, family=family, run=_forward(form, logits, ref_logits)) for n, family, form in forms),
+            *(Contender(name=n, family=family, run=run_forward(form, logits, ref_logits)) for n, family, form in forms),
             *bandwidth_ceilings("read", "copy", data=[logits, ref_logits]),
         ],
         bars={OURS: [*bars, Bar(kind="error", against="kl", limit=LARGEST_ERROR)]},
@@ -121,8 +121,8 @@ def passes(case: Case) -> Iterator[Pass]:
     yield Pass(
         name="forward + backward",
         contenders=[
-            *(Contender(name=n, family=fam, run=_both(form, leaf, ref_logits, upstream)) for n, fam, form in forms),
-            _both_in_place(kind, logits, ref_logits, upstream),
+            *(Contender(name=n, family=fam, run=run_both(form, leaf, ref_logits, upstream)) for n, fam, form in forms),
+            run_both_in_place(kind, logits, ref_logits, upstream),
         ],
         bars={OURS: bars, IN_PLACE: bars},
         truth=[gradient_truth(logits, ref_logits, upstream, kind)],
@@ -140,22 +140,24 @@ def forward_truth(logits: Tensor, ref_logits: Tensor, kind: str) -> Truth:
     return Truth(name="kl", value=torch.cat(parts))
 
 
-def gradient_truth(logits: Tensor, ref_logits: Tensor, upstream: Tensor, kind: str) -> Truth:
-    leaf = logits[GRADIENT_ROWS].double().requires_grad_()
-    exact = token_kl_reference(leaf, ref_logits[GRADIENT_ROWS].double(), kind=kind)
-    (value,) = torch.autograd.grad(exact, leaf, upstream[GRADIENT_ROWS].double())
-    return Truth(name="gradient", value=value, select=GRADIENT_ROWS)
+def gradient_truth(
+    logits: Tensor, ref_logits: Tensor, upstream: Tensor, kind: str, rows: slice | Tensor = GRADIENT_ROWS
+) -> Truth:
+    leaf = logits[rows].double().requires_grad_()
+    exact = token_kl_reference(leaf, ref_logits[rows].double(), kind=kind)
+    (value,) = torch.autograd.grad(exact, leaf, upstream[rows].double())
+    return Truth(name="gradient", value=value, select=rows)
 
 
-def _forward(form: Form, logits: Tensor, ref_logits: Tensor) -> Callable[[], tuple[Tensor]]:
+def run_forward(form: Form, logits: Tensor, ref_logits: Tensor) -> Callable[[], tuple[Tensor]]:
     return lambda: (form(logits, ref_logits),)
 
 
-def _both(form: Form, leaf: Tensor, ref_logits: Tensor, upstream: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+def run_both(form: Form, leaf: Tensor, ref_logits: Tensor, upstream: Tensor) -> Callable[[], tuple[Tensor, ...]]:
     return lambda: torch.autograd.grad(form(leaf, ref_logits), leaf, upstream)
 
 
-def _both_in_place(kind: str, logits: Tensor, ref_logits: Tensor, upstream: Tensor) -> Contender:
+def run_both_in_place(kind: str, logits: Tensor, ref_logits: Tensor, upstream: Tensor) -> Contender:
     held, form = Refilled(logits), ours(kind, inplace=True)
 
     def run() -> tuple[Tensor, ...]:

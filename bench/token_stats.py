@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,10 +68,11 @@ FORMS: dict[str, dict[str, Form]] = {
 }
 
 
-def ours(work: str, inplace: bool = False) -> Form:
+def ours(work: str, inplace: bool = False, softcap: float | None = None) -> Form:
+    options: dict[str, Any] = {"inplace_backward": inplace, "softcap": softcap}
     if work == LOGPROB:
-        return lambda logits, labels: (token_logprobs(logits, labels, inplace_backward=inplace),)
-    return lambda logits, labels: tuple(token_stats(logits, labels, inplace_backward=inplace)[:2])
+        return lambda logits, labels: (token_logprobs(logits, labels, **options),)
+    return lambda logits, labels: tuple(token_stats(logits, labels, **options)[:2])
 
 
 def speedup_bars(case: Case, name: str) -> list[Bar]:
@@ -117,7 +119,7 @@ def passes(case: Case) -> Iterator[Pass]:
     yield Pass(
         name="forward",
         contenders=[
-            *(Contender(name=n, family=family, run=_forward(form, logits, labels)) for n, family, form in forms),
+            *(Contender(name=n, family=family, run=run_forward(form, logits, labels)) for n, family, form in forms),
             *([] if small else bandwidth_ceilings("read", "copy", data=[logits])),
         ],
         bars={OURS: forward_bars},
@@ -131,7 +133,7 @@ def passes(case: Case) -> Iterator[Pass]:
     if small:
         yield Pass(
             name="forward, recorded for backward",
-            contenders=[Contender(name=n, family=family, run=_forward(f, leaf, labels)) for n, family, f in forms],
+            contenders=[Contender(name=n, family=family, run=run_forward(f, leaf, labels)) for n, family, f in forms],
             bars={OURS: [Bar(kind="seconds", limit=12e-6)]},
             truth=forward_truth(logits, labels, outputs),
             tolerance=tolerance,
@@ -139,10 +141,10 @@ def passes(case: Case) -> Iterator[Pass]:
         )
 
     truth = gradient_truth(logits, labels, upstream)
-    contenders = [Contender(name=n, family=fam, run=_both(f, leaf, labels, upstream)) for n, fam, f in forms]
+    contenders = [Contender(name=n, family=fam, run=run_both(f, leaf, labels, upstream)) for n, fam, f in forms]
     bars = {OURS: [] if small else speedup_bars(case, "forward + backward")}
     if not small:
-        contenders.append(_both_in_place(case.work, logits, labels, upstream))
+        contenders.append(run_both_in_place(ours(case.work, inplace=True), logits, labels, upstream))
         bars[IN_PLACE] = bars[OURS]
     yield Pass(
         name="forward + backward",
@@ -158,7 +160,7 @@ def passes(case: Case) -> Iterator[Pass]:
         yield Pass(
             name="backward in place",
             contenders=[
-                _backward_in_place(case.work, logits, labels, upstream),
+                run_backward_in_place(ours(case.work, inplace=True), logits, labels, upstream),
                 *bandwidth_ceilings("update", data=[logits]),
             ],
             bars={IN_PLACE: share},
@@ -168,24 +170,35 @@ def passes(case: Case) -> Iterator[Pass]:
         )
 
 
-def forward_truth(logits: Tensor, labels: Tensor, outputs: tuple[str, ...]) -> list[Truth]:
+def forward_truth(
+    logits: Tensor, labels: Tensor, outputs: tuple[str, ...], softcap: float | None = None
+) -> list[Truth]:
     """Every row, a few at a time: float64 needs much memory."""
-    parts = [token_stats_reference(z.double(), y) for z, y in zip(logits.split(64), labels.split(64), strict=True)]
+    parts = [
+        token_stats_reference(z.double(), y, softcap=softcap)
+        for z, y in zip(logits.split(64), labels.split(64), strict=True)
+    ]
     return [Truth(name=name, value=torch.cat([getattr(part, name) for part in parts])) for name in outputs]
 
 
-def gradient_truth(logits: Tensor, labels: Tensor, upstream: Outputs) -> Truth:
-    leaf = logits[GRADIENT_ROWS].double().requires_grad_()
-    exact = token_stats_reference(leaf, labels[GRADIENT_ROWS])[: len(upstream)]
-    (value,) = torch.autograd.grad(exact, leaf, [g[GRADIENT_ROWS].double() for g in upstream])
-    return Truth(name="gradient", value=value, select=GRADIENT_ROWS)
+def gradient_truth(
+    logits: Tensor,
+    labels: Tensor,
+    upstream: Outputs,
+    rows: slice | Tensor = GRADIENT_ROWS,
+    softcap: float | None = None,
+) -> Truth:
+    leaf = logits[rows].double().requires_grad_()
+    exact = token_stats_reference(leaf, labels[rows], softcap=softcap)[: len(upstream)]
+    (value,) = torch.autograd.grad(exact, leaf, [g[rows].double() for g in upstream])
+    return Truth(name="gradient", value=value, select=rows)
 
 
-def _forward(form: Form, logits: Tensor, labels: Tensor) -> Callable[[], Outputs]:
+def run_forward(form: Form, logits: Tensor, labels: Tensor) -> Callable[[], Outputs]:
     return lambda: form(logits, labels)
 
 
-def _both(form: Form, leaf: Tensor, labels: Tensor, upstream: Outputs) -> Callable[[], Outputs]:
+def run_both(form: Form, leaf: Tensor, labels: Tensor, upstream: Outputs) -> Callable[[], Outputs]:
     def run() -> Outputs:
         values = form(leaf, labels)
         return torch.autograd.grad(values, leaf, [g.to(v.dtype) for v, g in zip(values, upstream, strict=True)])
@@ -205,8 +218,8 @@ class Refilled:
         self.current = self.buffer.detach().copy_(self.source).requires_grad_().view_as(self.buffer)
 
 
-def _both_in_place(work: str, logits: Tensor, labels: Tensor, upstream: Outputs) -> Contender:
-    held, form = Refilled(logits), ours(work, inplace=True)
+def run_both_in_place(form: Form, logits: Tensor, labels: Tensor, upstream: Outputs) -> Contender:
+    held = Refilled(logits)
 
     def run() -> Outputs:
         return torch.autograd.grad(form(held.current, labels), held.current, upstream)
@@ -214,8 +227,8 @@ def _both_in_place(work: str, logits: Tensor, labels: Tensor, upstream: Outputs)
     return Contender(name=IN_PLACE, family="ours", run=run, prepare=held.fill)
 
 
-def _backward_in_place(work: str, logits: Tensor, labels: Tensor, upstream: Outputs) -> Contender:
-    held, form = Refilled(logits), ours(work, inplace=True)
+def run_backward_in_place(form: Form, logits: Tensor, labels: Tensor, upstream: Outputs) -> Contender:
+    held = Refilled(logits)
     values: list[Outputs] = []
 
     def prepare() -> None:

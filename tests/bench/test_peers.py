@@ -58,3 +58,41 @@ def test_the_linear_form_of_torch_itself_is_right_or_missing() -> None:
     hidden, weight = torch.randn(5, 3), torch.randn(7, 3)
     (found,) = forms[name](hidden, weight, LABELS)
     torch.testing.assert_close(found, (hidden @ weight.T).log_softmax(-1)[torch.arange(5), LABELS])
+
+
+def test_libraries_for_gpus_take_part_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is called as its own function takes it, and gives a log-prob where it has a loss."""
+    calls: list[dict[str, Any]] = []
+
+    def stand_in(*args: Any, **options: Any) -> Any:
+        calls.append(options)
+        value = torch.full((5,), 2.0)
+        return (value, value + 1) if args[-1] == "none" else value
+
+    class Module:
+        def __init__(self, name: str) -> None:
+            pass
+
+        def __getattr__(self, function: str) -> Any:
+            return stand_in
+
+    monkeypatch.setattr(_peers.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(_peers.importlib, "import_module", Module)
+    forms, _ = _peers.logprob_peers("cuda")
+    for name in ("Liger-Kernel liger_cross_entropy", "quack cross_entropy"):
+        (logprob,) = forms[name](LOGITS, LABELS)
+        assert torch.equal(logprob, torch.full((5,), -2.0))
+        assert calls[-1] == {"reduction": "none"}
+    hidden, weight = torch.randn(5, 3), torch.randn(7, 3)
+    forms, missing = _peers.linear_logprob_peers("cuda", softcap=30.0)
+    for impl in ("cce", "cce_exact"):
+        forms[f"cut-cross-entropy linear_cross_entropy ({impl})"](hidden, weight, LABELS)
+        assert calls[-1] == {"reduction": "none", "softcap": 30.0, "impl": impl}
+    assert "Liger-Kernel liger_fused_linear_cross_entropy" in forms
+    forms, _ = _peers.linear_logprob_entropy_peers("cuda")
+    logprob, entropy = forms["verl linear_cross_entropy"](hidden, weight, LABELS)
+    assert (float(logprob[0]), float(entropy[0])) == (2.0, 3.0)  # a log-prob already
+    # Installed, but without a GPU to run on.
+    forms, missing = _peers.logprob_peers("cpu")
+    assert "find no driver" in missing["Liger-Kernel"]
+    assert not any("Liger" in name or "quack" in name for name in forms)
