@@ -50,18 +50,24 @@ def below_and_difference(p_logits, q_logits, p_max, q_max):
 
 
 @triton.jit
+def online_divergence_sum(p_logits, q_logits, p_max, q_max, scale, axis: tl.constexpr):
+    """p_over_q of two rows' logits along an axis, given their maxima."""
+    below, difference = below_and_difference(
+        p_logits, q_logits, tl.expand_dims(p_max, axis), tl.expand_dims(q_max, axis)
+    )
+    return tl.sum(tl.exp2(below * scale) * difference, axis)
+
+
+@triton.jit
 def online_divergence_of(p_logits, q_logits, scale, axis: tl.constexpr):
     """Summary of two rows' logits along an axis."""
     p_max, p_others, _ = online_softmax_of(p_logits, scale, axis, False)
     q_max, q_others, _ = online_softmax_of(q_logits, scale, axis, False)
-    below, difference = below_and_difference(
-        p_logits, q_logits, tl.expand_dims(p_max, axis), tl.expand_dims(q_max, axis)
-    )
-    return p_max, p_others, q_max, q_others, tl.sum(tl.exp2(below * scale) * difference, axis)
+    return p_max, p_others, q_max, q_others, online_divergence_sum(p_logits, q_logits, p_max, q_max, scale, axis)
 
 
 @triton.jit
-def _rebase(p_over_q, p_max, p_others, q_max, p_top, q_top, scale):
+def online_divergence_rebase(p_over_q, p_max, p_others, q_max, p_top, q_top, scale):
     """The sum of a part relative to maxima that have risen to p_top and q_top."""
     below, drift = below_and_difference(p_max, q_max, p_top, q_top)
     return tl.exp2(below * scale) * (p_over_q + drift * (1.0 + p_others))
@@ -74,8 +80,8 @@ def online_divergence_merge(
     """Summary of both parts, elementwise."""
     p_max, p_others, _ = online_softmax_merge(a_p_max, a_p_others, 0.0, b_p_max, b_p_others, 0.0, scale)
     q_max, q_others, _ = online_softmax_merge(a_q_max, a_q_others, 0.0, b_q_max, b_q_others, 0.0, scale)
-    a_sum = _rebase(a_sum, a_p_max, a_p_others, a_q_max, p_max, q_max, scale)
-    b_sum = _rebase(b_sum, b_p_max, b_p_others, b_q_max, p_max, q_max, scale)
+    a_sum = online_divergence_rebase(a_sum, a_p_max, a_p_others, a_q_max, p_max, q_max, scale)
+    b_sum = online_divergence_rebase(b_sum, b_p_max, b_p_others, b_q_max, p_max, q_max, scale)
     return p_max, p_others, q_max, q_others, a_sum + b_sum
 
 
@@ -84,7 +90,9 @@ def online_divergence_reduce(p_max, p_others, q_max, q_others, p_over_q, scale, 
     """Summary of the parts along an axis."""
     p_top, p_sum, _ = online_softmax_reduce(p_max, p_others, tl.zeros_like(p_others), scale, axis)
     q_top, q_sum, _ = online_softmax_reduce(q_max, q_others, tl.zeros_like(q_others), scale, axis)
-    rebased = _rebase(p_over_q, p_max, p_others, q_max, tl.expand_dims(p_top, axis), tl.expand_dims(q_top, axis), scale)
+    rebased = online_divergence_rebase(
+        p_over_q, p_max, p_others, q_max, tl.expand_dims(p_top, axis), tl.expand_dims(q_top, axis), scale
+    )
     return p_top, p_sum, q_top, q_sum, tl.sum(rebased, axis)
 
 

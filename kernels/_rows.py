@@ -41,3 +41,12 @@ def last_block(base, columns, end, softcap, SOFTCAP: tl.constexpr):
     """The logits of the block that the row ends in. What lies beyond is -inf, as no softcap would leave it."""
     logits = capped(tl.load(base + columns, mask=columns < end, other=0.0), softcap, SOFTCAP)
     return tl.where(columns < end, logits, float("-inf"))
+
+
+@triton.jit
+def slope_of_capped(value, softcap, SOFTCAP: tl.constexpr):
+    """dl / dlogit where the softcapped logit l is `value`: 1 - tanh^2, or 1 without a softcap."""
+    slope = 1.0
+    if SOFTCAP:
+        slope = (1.0 - value / softcap) * (1.0 + value / softcap)
+    return slope

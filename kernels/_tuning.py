@@ -36,6 +36,11 @@ for _kernel in ("token_stats", "token_kl"):
             _loads = 2 if _kernel == "token_stats" else 1  # two rows are read at once as it is
             _TABLE[_kernel, _target, _bytes, False] = Config(_loads * 256 * 16 // _bytes, _warps)
             _TABLE[_kernel, _target, _bytes, True] = Config(64 * 16 // _bytes * _loads, _warps // 4)
+# Chunks of the linear ops are float32, and a piece of their columns is one block: each block ends in a reduction.
+for _kernel in ("linear_token_stats", "linear_policy_ref_stats"):
+    for _target in TARGETS:
+        for _narrow in (False, True):
+            _TABLE[_kernel, _target, 4, _narrow] = Config(2048, 4 if _target.startswith("gfx") else 8)
 
 # A kernel, GPU or dtype that is not in the table: one load of 16 bytes for each of 128 threads.
 _FALLBACK = {2: Config(1024, 4), 4: Config(512, 4)}

@@ -16,12 +16,10 @@ Row r begins at (r // inner) * outer_stride + (r % inner) * inner_stride. None f
 import triton
 import triton.language as tl
 
+from irlfast.kernels._gradient import gradient_block, gradient_coefficients, label_gradient
 from irlfast.kernels._online_softmax import (
-    LN_2,
     LOG2_E,
-    expm1,
     online_softmax_entropy,
-    online_softmax_gradient,
     online_softmax_log_sum,
     online_softmax_merge,
     online_softmax_of,
@@ -116,31 +114,6 @@ def token_stats_forward(
         tl.store(state + 2 * rows.to(tl.int64) + row, row_entropy)
 
 
-@triton.jit
-def _gradient_block(logits, max, scale, constant, linear, softcap, SOFTCAP: tl.constexpr):
-    value = online_softmax_gradient(capped(logits, softcap, SOFTCAP), max, scale, constant, linear)
-    if SOFTCAP:
-        value *= softcap_slope(logits.to(tl.float32), softcap)
-    return value
-
-
-@triton.jit
-def _label_gradient(
-    logit, upstream, total, constant, h, max, log_sum, temperature, softcap, SOFTCAP: tl.constexpr
-):  # fmt: skip
-    """The gradient of a label's logit, of whose row's upstream gradients it receives `upstream`."""
-    logit = logit.to(tl.float32)
-    x = (capped(logit, softcap, SOFTCAP) - max) / temperature
-    logprob = x - log_sum
-    p = tl.exp(logprob)
-    spread = tl.where(p == 0.0, 0.0, p * (constant - (total - upstream) - h * x))
-    # g (1 - p) by expm1: for a confident token 1 - p is below float32's spacing at 1.
-    value = (spread - upstream * expm1(logprob)) / temperature
-    if SOFTCAP:
-        value *= softcap_slope(logit, softcap)
-    return value
-
-
 @triton.jit(do_not_specialize=_RUNTIME)
 def token_stats_backward(
     logits,
@@ -195,15 +168,13 @@ def token_stats_backward(
     if wanted:
         max = tl.load(state + row)
         others = tl.load(state + rows + row)
-        log_sum = online_softmax_log_sum(max, others)
-        # dz_v = p_v (u - g + h (lse - H) - h z_v) with z_v = max / T + x_v: the maximum cancels out of lse - z_v.
-        constant = u
+        row_entropy = 0.0
         if grad_entropy is not None:
-            constant += h * (log_sum - tl.load(state + 2 * rows.to(tl.int64) + row))
+            row_entropy = tl.load(state + 2 * rows.to(tl.int64) + row)
         total = tl.sum(upstream, 0)
-        to_logits = 1.0 / ((1.0 + others) * temperature)
-        row_constant = (constant - total) * to_logits + (max - max)
-        row_linear = -h * LN_2 * to_logits
+        log_sum, constant, row_constant, row_linear = gradient_coefficients(
+            max, others, row_entropy, total, h, u, temperature
+        )
 
         inside = kept & (label >= 0) & (label < vocab)
         if LABELS == 1:
@@ -212,10 +183,8 @@ def token_stats_backward(
             column = tl.sum(tl.where(inside, label, -1), 0).to(tl.int32)
             reader = tl.where(tl.arange(0, LANES) == 0, column, -1)
             logit = tl.load(base + reader, mask=reader >= 0, other=0.0)
-            label_value = _label_gradient(
-                tl.sum(logit.to(tl.float32), 0),
-                total, total, constant, h, max, log_sum, temperature, softcap, SOFTCAP
-            )  # fmt: skip
+            label_logit = tl.sum(logit.to(tl.float32), 0)
+            here = total
         else:
             # Read before any is overwritten, written after all else is. A label that is repeated in its row receives
             # all that its repeats do.
@@ -225,22 +194,24 @@ def token_stats_backward(
                 if grad_logprob is not None:
                     of_other = tl.load(grad_logprob + row * labels_per_row + j)
                     here += tl.where((label == other_label) & kept, of_other, 0.0)
-            label_value = _label_gradient(
-                tl.load(base + label, mask=inside, other=0.0),
-                here, total, constant, h, max, log_sum, temperature, softcap, SOFTCAP
-            )  # fmt: skip
+            label_logit = tl.load(base + label, mask=inside, other=0.0).to(tl.float32)
             tl.debug_barrier()
+        label_value = label_gradient(
+            capped(label_logit, softcap, SOFTCAP), here, total, constant, h, max, log_sum, temperature
+        )
+        if SOFTCAP:
+            label_value *= softcap_slope(label_logit, softcap)
 
         for start in range(0, whole, BLOCK):
             block = tl.load(base + start + columns)
-            value = _gradient_block(block, max, scale, row_constant, row_linear, softcap, SOFTCAP)
+            value = gradient_block(block, max, scale, row_constant, row_linear, softcap, SOFTCAP)
             if LABELS == 1:
                 value = tl.where(start + columns == column, label_value, value)
             tl.store(out + start + columns, value.to(gradient.dtype.element_ty))
         if whole < vocab:
             within = whole + columns < vocab
             block = tl.load(base + whole + columns, mask=within, other=0.0)
-            value = _gradient_block(block, max, scale, row_constant, row_linear, softcap, SOFTCAP)
+            value = gradient_block(block, max, scale, row_constant, row_linear, softcap, SOFTCAP)
             if LABELS == 1:
                 value = tl.where(whole + columns == column, label_value, value)
             tl.store(out + whole + columns, value.to(gradient.dtype.element_ty), mask=within)

@@ -14,7 +14,7 @@ from irlfast.ops._token_stats_cpu import raise_label
 class CpuEpilogue:
     """See `irlfast.ops._linear.Epilogue`."""
 
-    piece = _native.CHUNK_PIECE
+    compacts = True
 
     def __init__(self, isa: str = "auto") -> None:
         self.isa = isa

@@ -41,7 +41,7 @@ def expand_temperature(temperature: float | Tensor, rows_shape: torch.Size) -> f
 
 
 def check_linear(
-    op: str, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, memory_budget: int, chunk: int
+    op: str, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, memory_budget: int, chunk: int | None
 ) -> None:
     """TypeError or ValueError for inputs that do not fit together."""
     if hidden.dtype not in DTYPE_CODES:
@@ -68,5 +68,5 @@ def check_linear(
             raise ValueError(f"{op}: {name} is on {tensor.device}, hidden on {hidden.device}; move one to the other")
     if memory_budget < 0:
         raise ValueError(f"{op}: memory_budget = {memory_budget} is negative; expected a number of bytes")
-    if chunk < 1:
+    if chunk is not None and chunk < 1:
         raise ValueError(f"{op}: chunk = {chunk}; expected a positive number of columns")

@@ -30,7 +30,7 @@ def forward_chunked(
     rows = Rows(labels.contiguous(), row_temperature, temperature, softcap)
     dtype = statistics_dtype(hidden.dtype)
     count, depth = hidden.shape
-    labelled = labelled_rows(labels, ignore_index)
+    labelled = labelled_rows(labels, ignore_index) if epilogue.compacts else None
     x = hidden
     if labelled is not None:
         x, rows = hidden[labelled], rows.take(labelled)
@@ -76,7 +76,7 @@ def backward_chunked(
         raise RuntimeError("linear_token_stats: mode='frozen' has no gradient of weight and bias; use another mode")
     head = Head(weight=weight, bias=bias, chunk=chunk)
     dtype = statistics_dtype(hidden.dtype)
-    labelled = labelled_rows(labels, ignore_index)
+    labelled = labelled_rows(labels, ignore_index) if epilogue.compacts else None
     # Places are row numbers of the input; `active` are numbers among the labelled rows, whose logits are kept.
     places: Tensor | None = labelled
     x, rows = hidden, Rows(labels.contiguous(), row_temperature, temperature, softcap)
@@ -84,7 +84,10 @@ def backward_chunked(
     if labelled is not None:
         x, rows, state, upstream = hidden[labelled], rows.take(labelled), state[:, labelled], upstream.take(labelled)
     kept_rows = len(x)
-    active = upstream.nonzero_rows()
+    active = upstream.nonzero_rows() if epilogue.compacts else None
+    idle = None if epilogue.compacts else idle_rows(labels, ignore_index, upstream)
+    if idle is not None:
+        x = hidden.masked_fill(idle, 0.0)
     if active is not None:
         x, rows, state, upstream = x[active], rows.take(active), state[:, active], upstream.take(active)
         places = active if places is None else places[active]
@@ -118,6 +121,8 @@ def backward_chunked(
     results = [hidden.new_empty(0) if gradient is None else gradient.to(hidden.dtype) for gradient in gradients]
     if gradients.hidden is not None and places is not None:
         results[0] = hidden.new_zeros(hidden.shape).index_copy_(0, places, results[0])
+    if gradients.hidden is not None and idle is not None:
+        results[0].masked_fill_(idle, 0.0)
     return results[0], results[1], results[2]
 
 
@@ -136,10 +141,11 @@ def _from_expected(
     of_others = (u - g) * inverse_temperature
     dtype = expected.dtype
     result = expected * of_others.to(dtype)[:, None]
-    result.addcmul_(head.weight[rows.labels].to(dtype), of_label.to(dtype)[:, None])
+    labels = rows.labels.clamp(0, len(head.weight) - 1)  # of rows that are ignored or NaN, where there are any
+    result.addcmul_(head.weight[labels].to(dtype), of_label.to(dtype)[:, None])
     if upstream.entropy is not None:
         upstream = Upstream(None, upstream.entropy, None)
-        active = upstream.nonzero_rows()
+        active = upstream.nonzero_rows() if epilogue.compacts else None
         which: Tensor | slice = slice(None) if active is None else active
         part = hidden[which]
         if len(part):
@@ -161,6 +167,16 @@ def labelled_rows(labels: Tensor, ignore_index: int) -> Tensor | None:
     """Numbers of the rows that are not ignored, None where all are such."""
     kept = labels != ignore_index
     return None if bool(kept.all()) else kept.nonzero().squeeze(1)
+
+
+def idle_rows(labels: Tensor, ignore_index: int, upstream: Upstream) -> Tensor:
+    """(N, 1) bool, whether a row that was not left out has no part in any gradient.
+
+    Its hidden states are then 0 in the products: 0 times the NaN or infinity that padding may hold is not 0.
+    """
+    idle = labels == ignore_index
+    active = upstream.nonzero()
+    return (idle if active is None else idle | ~active)[:, None]
 
 
 def spread(values: Tensor, places: Tensor | None, count: int, dim: int = -1) -> Tensor:

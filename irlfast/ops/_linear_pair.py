@@ -12,7 +12,7 @@ from torch import Tensor
 
 from irlfast.ops._dispatch import statistics_dtype
 from irlfast.ops._linear import Epilogue, Gradients, Head, Rows, Upstream, blocks, finish, matrix, pull
-from irlfast.ops._linear_modes import labelled_rows, spread
+from irlfast.ops._linear_modes import idle_rows, labelled_rows, spread
 
 # Rows of `running` [9, N] float64: the first four are those of `_linear.sweep`, for the policy; then the reference's
 # maximum, others and label's logit, and the sums of csrc/include/irlfast/online_divergence.h.
@@ -27,11 +27,11 @@ class PairEpilogue(Protocol):
     """A device's work on the logits [N, C] of columns first_column and on, of policy and reference.
 
     Attributes:
-        piece: chunks begin at multiples of this many columns. Sums run over whole pieces, whatever the chunks.
+        compacts: as of `_linear.Epilogue`, as is the unit of what running sums up.
         alone: the work on the policy's logits by themselves.
     """
 
-    piece: int
+    compacts: bool
     alone: Epilogue
 
     def merge(self, logits: Tensor, ref_logits: Tensor, first_column: int, rows: Rows, running: Tensor) -> None:
@@ -97,7 +97,7 @@ def forward_pair(
     head, ref_head = models.heads(chunk)
     count = hidden.shape[0]
     dtype = statistics_dtype(hidden.dtype)
-    labelled = labelled_rows(rows.labels, ignore_index)
+    labelled = labelled_rows(rows.labels, ignore_index) if epilogue.compacts else None
     if labelled is not None:
         hidden, rows = hidden[labelled], rows.take(labelled)
     assert rows.ref_hidden is not None
@@ -153,11 +153,14 @@ def backward_pair(
     """Gradients of hidden, weight and bias; [0] for those not needed."""
     head, ref_head = models.heads(chunk)
     dtype = statistics_dtype(hidden.dtype)
-    places = labelled_rows(rows.labels, ignore_index)
+    places = labelled_rows(rows.labels, ignore_index) if epilogue.compacts else None
     x = hidden
     if places is not None:
         x, rows, running, upstream = x[places], rows.take(places), running[:, places], upstream.take(places)
-    active = upstream.nonzero_rows()
+    active = upstream.nonzero_rows() if epilogue.compacts else None
+    idle = None if epilogue.compacts else idle_rows(rows.labels, ignore_index, upstream)
+    if idle is not None:
+        x = hidden.masked_fill(idle, 0.0)
     if active is not None:
         x, rows, running, upstream = x[active], rows.take(active), running[:, active], upstream.take(active)
         places = active if places is None else places[active]
@@ -181,4 +184,6 @@ def backward_pair(
     results = [hidden.new_empty(0) if gradient is None else gradient.to(hidden.dtype) for gradient in gradients]
     if gradients.hidden is not None and places is not None:
         results[0] = hidden.new_zeros(hidden.shape).index_copy_(0, places, results[0])
+    if gradients.hidden is not None and idle is not None:
+        results[0].masked_fill_(idle, 0.0)
     return results[0], results[1], results[2]

@@ -15,7 +15,7 @@ from irlfast.ops._linear_pair import RUNNING
 class CpuPairEpilogue:
     """See `irlfast.ops._linear_pair.PairEpilogue`."""
 
-    piece = _native.CHUNK_PIECE
+    compacts = True
 
     def __init__(self, isa: str = "auto") -> None:
         assert _native.PAIR_RUNNING == RUNNING

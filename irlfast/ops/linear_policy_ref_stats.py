@@ -15,12 +15,13 @@ walked through in chunks, and one sweep over a chunk of both gives every sum. In
 2 forward and, with the logits made anew, 4 backward: 6 with training. Where no divergence receives a gradient, the
 reference takes no part in backward, which is 3 then.
 
-Rows with an ignored label take part in no product, rows that receive no gradient in no product of backward.
+Rows that are ignored, or receive no gradient, are left out or not as in `linear_token_stats`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,19 +30,22 @@ from torch import Tensor
 from irlfast.ops._dispatch import (
     LIBRARY,
     Implementation,
+    Kernels,
     cpu_kernel_unavailable,
     not_in_this_release,
+    runs_undispatched,
     select,
     statistics_dtype,
 )
-from irlfast.ops._linear import Rows, Upstream
+from irlfast.ops._linear import Rows, Upstream, columns_at_once
 from irlfast.ops._linear_cpu import check_labels
 from irlfast.ops._linear_inputs import autocast, check_linear, expand_temperature, split_temperature
 from irlfast.ops._linear_pair import RUNNING, Models, Outputs, backward_pair, forward_pair
 from irlfast.ops._linear_pair_cpu import CpuPairEpilogue
+from irlfast.ops._linear_pair_triton import backward_triton, forward_triton
 from irlfast.ops._scaling import check_scaling
 from irlfast.ops._token_stats_cpu import check_row_temperature
-from irlfast.ops.linear_token_stats import CHUNK
+from irlfast.ops._triton import triton_unavailable
 from irlfast.ops.token_kl import token_kl_reference
 from irlfast.ops.token_stats import token_stats_reference
 
@@ -156,6 +160,10 @@ def _backward_cpu(
     return backward_pair(CpuPairEpilogue(), hidden, models, rows, ignore_index, chunk, running, upstream, needs)
 
 
+_CPU = Kernels(_forward_cpu, _backward_cpu)
+_TRITON = Kernels(forward_triton, backward_triton)
+
+
 def _forward_fake(hidden: Tensor, *rest: object) -> Outputs:
     count = hidden.shape[0]
     statistics = [hidden.new_empty((count,), dtype=statistics_dtype(hidden.dtype)) for _ in PolicyRefStats._fields]
@@ -178,15 +186,39 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> No
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _differentiate(torch.ops.irlfast.linear_policy_ref_stats_backward, ctx, ctx.needs_input_grad[:3], grads)
+
+
+def _differentiate(
+    run: Callable[..., tuple[Tensor, ...]], ctx: Any, needed: tuple[bool, ...], grads: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
     *tensors, running = ctx.saved_tensors
     options = (ctx.temperature, ctx.softcap, ctx.ignore_index, ctx.chunk)
     grad_logprob, grad_entropy, grad_lse, _, grad_reverse_kl, grad_forward_kl, _ = grads
-    needs = [bool(needed) for needed in ctx.needs_input_grad[:3]]
-    gradients = torch.ops.irlfast.linear_policy_ref_stats_backward(
+    needs = [bool(need) for need in needed]
+    gradients = run(
         *tensors, *options, running, grad_logprob, grad_entropy, grad_lse, grad_reverse_kl, grad_forward_kl, needs
     )
-    wanted = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
+    wanted = [g if need else None for g, need in zip(gradients, needs, strict=True)]
     return (*wanted, *[None] * 9)
+
+
+class _LinearPolicyRefStats(torch.autograd.Function):
+    """The registered op with the kernels given, which in Triton's interpreter are not those of the tensors' device."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Kernels, *inputs: Any) -> Outputs:
+        output: Outputs = kernels.forward(*inputs)
+        ctx.kernels = kernels
+        _save_for_backward(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        # With create_graph the registered op is called, whose own derivative says that there is none.
+        direct = not torch.is_grad_enabled() and runs_undispatched(ctx.saved_tensors[0])
+        run = ctx.kernels.backward if direct else torch.ops.irlfast.linear_policy_ref_stats_backward
+        return None, *_differentiate(run, ctx, ctx.needs_input_grad[1:4], grads)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
@@ -199,13 +231,16 @@ def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
 _NAME = "irlfast::linear_policy_ref_stats"
 LIBRARY.impl("linear_policy_ref_stats", _forward_cpu, "CPU")
 LIBRARY.impl("linear_policy_ref_stats_backward", _backward_cpu, "CPU")
+LIBRARY.impl("linear_policy_ref_stats", forward_triton, "CUDA")  # AMD's GPUs have the key too
+LIBRARY.impl("linear_policy_ref_stats_backward", backward_triton, "CUDA")
 torch.library.register_fake(_NAME, _forward_fake, lib=LIBRARY)
 torch.library.register_fake(f"{_NAME}_backward", _backward_fake, lib=LIBRARY)
 torch.library.register_autograd(_NAME, _backward, setup_context=_save_for_backward, lib=LIBRARY)
 torch.library.register_autograd(f"{_NAME}_backward", _no_second_derivative, lib=LIBRARY)
 
 
-def _run_native(
+def _run_kernels(
+    kernels: Kernels,
     hidden: Tensor,
     weight: Tensor,
     ref_hidden: Tensor,
@@ -217,11 +252,13 @@ def _run_native(
     temperature: float | Tensor,
     softcap: float | None,
     ignore_index: int,
-    chunk: int,
+    chunk: int | None,
 ) -> PolicyRefStats:
     shape = labels.shape
     temperature, row_temperature = split_temperature(temperature, shape, hidden.dtype)
     run: Callable[..., Outputs] = torch.ops.irlfast.linear_policy_ref_stats
+    if kernels is _TRITON and all(map(runs_undispatched, (hidden, weight, ref_hidden, ref_weight))):
+        run = partial(_LinearPolicyRefStats.apply, kernels)
     *statistics, _ = run(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -234,7 +271,7 @@ def _run_native(
         temperature,
         softcap or 0.0,
         ignore_index,
-        -(-chunk // CpuPairEpilogue.piece) * CpuPairEpilogue.piece,
+        columns_at_once(chunk, hidden),
     )
     return PolicyRefStats(*(t.view(shape) for t in statistics))
 
@@ -247,7 +284,7 @@ def _run_reference(
     labels: Tensor,
     *,
     temperature: float | Tensor,
-    chunk: int,
+    chunk: int | None,
     **options: Any,
 ) -> PolicyRefStats:
     """Whole logits: chunk has nothing to decide."""
@@ -258,9 +295,9 @@ def _run_reference(
 
 
 IMPLEMENTATIONS = {
-    "cpu": Implementation(run=_run_native, unavailable=cpu_kernel_unavailable),
+    "cpu": Implementation(run=partial(_run_kernels, _CPU), unavailable=cpu_kernel_unavailable),
     "cuda": not_in_this_release("CUDA"),
-    "triton": not_in_this_release("Triton"),
+    "triton": Implementation(run=partial(_run_kernels, _TRITON), unavailable=triton_unavailable),
     "reference": Implementation(run=_run_reference, unavailable=lambda tensor: None),
 }
 
@@ -278,7 +315,7 @@ def linear_policy_ref_stats(
     softcap: float | None = None,
     ignore_index: int = -100,
     impl: str = "auto",
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> PolicyRefStats:
     """Log-prob, entropy and log-sum-exp of a policy, log-prob of a reference, and both KL divergences between them.
 
@@ -294,16 +331,17 @@ def linear_policy_ref_stats(
         temperature: a positive number, or a tensor that broadcasts to [...] with one value per row; scales both. Not
             differentiable.
         softcap: c > 0 replaces each logit l of both by c tanh(l / c) before the temperature.
-        ignore_index: rows with this label give 0, no gradient, and cost no product.
+        ignore_index: rows with this label give 0, no gradient, and (on the CPU) cost no product.
         impl: "auto", "reference", "cpu", "cuda" or "triton". The reference makes the logits whole.
-        chunk: columns of the vocabulary worked on at a time, rounded up to a multiple of 2048. What is summed per row
-            does not depend on it. Up to 16 MiB of logits of each model are worked on at a time.
+        chunk: columns of the vocabulary worked on at a time, rounded up to a multiple of 2048; None means 2048, on a
+            GPU 8192. What is summed per row does not depend on it. Up to 16 MiB of logits of each model (on a GPU 256
+            MiB) are worked on at a time.
 
     Returns:
         PolicyRefStats(logprob, entropy, lse, ref_logprob, reverse_kl, forward_kl), each [...], float32 (float64 for
         float64 input). All but ref_logprob are differentiable together with respect to hidden, weight and bias, once;
         the reference receives no gradient, whether it asks for one or not. Infinite and undefined divergences are as
-        in `token_kl`. A row that receives no gradient enters no product of backward and gets exactly 0.
+        in `token_kl`. A row that receives no gradient enters no product of backward (on the CPU) and gets exactly 0.
 
     Raises:
         IndexError: a label is outside [0, V) and not `ignore_index` (on the CPU; on a GPU that row is NaN).

@@ -11,19 +11,22 @@ and reference log-probs and the denominator are known.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from irlfast.ops._dispatch import Implementation, cpu_kernel_unavailable, not_in_this_release, select, statistics_dtype
-from irlfast.ops._linear import Gradients, Head, Rows, Upstream, blocks, finish, pull, sweep
+from irlfast.ops._linear import Epilogue, Gradients, Head, Rows, Upstream, blocks, columns_at_once, finish, pull, sweep
 from irlfast.ops._linear_cpu import CpuEpilogue, check_labels
 from irlfast.ops._linear_inputs import autocast, check_linear, expand_temperature, split_temperature
 from irlfast.ops._linear_modes import labelled_rows
+from irlfast.ops._linear_triton import TritonEpilogue
 from irlfast.ops._scaling import check_scaling
 from irlfast.ops._token_stats_cpu import check_row_temperature
-from irlfast.ops.linear_token_stats import CHUNK, linear_token_stats_reference
+from irlfast.ops._triton import triton_unavailable
+from irlfast.ops.linear_token_stats import linear_token_stats_reference
 from irlfast.ops.token_stats import TokenStats
 
 # Of the statistics [n] of some rows, and those rows' numbers [n], int64: the sum of their terms, 0-d.
@@ -55,6 +58,7 @@ class _LinearTokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        epilogue: Epilogue,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -65,7 +69,6 @@ class _LinearTokenLoss(torch.autograd.Function):
         chunk: int,
         needs: tuple[bool, bool, bool],
     ) -> Tensor:
-        epilogue = CpuEpilogue()
         head = Head(weight=weight, bias=bias, chunk=chunk)
         dtype = statistics_dtype(hidden.dtype)
         numbers = labelled_rows(rows.labels, ignore_index)
@@ -139,7 +142,7 @@ class _LinearTokenLoss(torch.autograd.Function):
             for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
         ]
         ctx.gradients = None
-        return (*gradients, *[None] * 6)
+        return (None, *gradients, *[None] * 6)
 
 
 def _differentiate(loss: TokenLoss, stats: TokenStats, numbers: Tensor) -> tuple[Tensor, Upstream]:
@@ -160,6 +163,7 @@ def _differentiate(loss: TokenLoss, stats: TokenStats, numbers: Tensor) -> tuple
 
 
 def _run_in_blocks(
+    epilogue_for: Callable[[int, int], Epilogue],
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -170,20 +174,22 @@ def _run_in_blocks(
     softcap: float | None,
     ignore_index: int,
     memory_budget: int,
-    chunk: int,
+    chunk: int | None,
 ) -> Tensor:
     number, row_temperature = split_temperature(temperature, labels.shape, hidden.dtype)
     flat = labels.reshape(-1).long().contiguous()
-    check_labels(labels, weight.shape[0], ignore_index)
-    if row_temperature is not None:
-        check_row_temperature(row_temperature)
-    chunk = -(-chunk // CpuEpilogue.piece) * CpuEpilogue.piece
+    epilogue = epilogue_for(weight.shape[0], ignore_index)
+    if isinstance(epilogue, CpuEpilogue):
+        check_labels(labels, weight.shape[0], ignore_index)
+        if row_temperature is not None:
+            check_row_temperature(row_temperature)
+    chunk = columns_at_once(chunk, hidden)
     block = max(1, memory_budget // (weight.shape[0] * statistics_dtype(hidden.dtype).itemsize))
     sources = (hidden, weight, bias)
     needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in sources)
     rows = Rows(flat, row_temperature, number, softcap or 0.0)
     result: Tensor = _LinearTokenLoss.apply(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, rows, ignore_index, loss, block, chunk, needs
+        epilogue, hidden.reshape(-1, hidden.shape[-1]), weight, bias, rows, ignore_index, loss, block, chunk, needs
     )
     return result
 
@@ -196,7 +202,7 @@ def _run_reference(
     *,
     temperature: float | Tensor,
     memory_budget: int,
-    chunk: int,
+    chunk: int | None,
     **options: Any,
 ) -> Tensor:
     """Whole logits: memory_budget and chunk have nothing to decide."""
@@ -204,10 +210,14 @@ def _run_reference(
     return linear_token_loss_reference(hidden, weight, labels, loss, temperature=temperature, **options)
 
 
+def _cpu_epilogue(vocab: int, ignore_index: int) -> Epilogue:
+    return CpuEpilogue()
+
+
 IMPLEMENTATIONS = {
-    "cpu": Implementation(run=_run_in_blocks, unavailable=cpu_kernel_unavailable),
+    "cpu": Implementation(run=partial(_run_in_blocks, _cpu_epilogue), unavailable=cpu_kernel_unavailable),
     "cuda": not_in_this_release("CUDA"),
-    "triton": not_in_this_release("Triton"),
+    "triton": Implementation(run=partial(_run_in_blocks, TritonEpilogue), unavailable=triton_unavailable),
     "reference": Implementation(run=_run_reference, unavailable=lambda tensor: None),
 }
 
@@ -227,7 +237,7 @@ def linear_token_loss(
     ignore_index: int = -100,
     impl: str = "auto",
     memory_budget: int = 256 << 20,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Tensor:  # 0-d
     """Sum of known token terms, with the gradient of hidden states and head made in the same pass.
 
@@ -244,6 +254,8 @@ def linear_token_loss(
             for all rows at once saves adding up the weight's gradient. A block has at least one row.
 
     hidden, weight, labels, bias, temperature, softcap, ignore_index, impl and chunk are as in `linear_token_stats`.
+
+    On a GPU the host waits for the number of labelled rows, and in each block for that of the rows with a gradient.
 
     Returns:
         0-d float32 (float64 for float64 input), summed over blocks in float64. Differentiable with respect to hidden,

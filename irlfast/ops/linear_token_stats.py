@@ -13,12 +13,14 @@ online softmax is added to that of the columns before. In units of one N x V x D
                 softmax: 2 forward, and then dX = (g (1 - p_y) + u p_y) W_y - (g - u) E, a scaling of rows. A gradient
                 of the entropy, where there is one, costs 2 more
 
-Rows with an ignored label take part in no product, rows that receive no gradient in no product of backward.
+On the CPU rows with an ignored label take part in no product, rows that receive no gradient in no product of backward.
+On a GPU, where the host would wait to count them, they do, with hidden states of 0: nothing of theirs reaches a result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,23 +29,25 @@ from torch import Tensor
 from irlfast.ops._dispatch import (
     LIBRARY,
     Implementation,
+    Kernels,
     cpu_kernel_unavailable,
     not_in_this_release,
+    runs_undispatched,
     select,
     statistics_dtype,
 )
+from irlfast.ops._linear import columns_at_once
 from irlfast.ops._linear_cpu import CpuEpilogue, check_labels
 from irlfast.ops._linear_inputs import autocast, check_linear, expand_temperature, split_temperature
 from irlfast.ops._linear_modes import Outputs, backward_chunked, forward_chunked
+from irlfast.ops._linear_triton import backward_triton, forward_triton
 from irlfast.ops._scaling import check_scaling
 from irlfast.ops._token_stats_cpu import check_row_temperature
+from irlfast.ops._triton import triton_unavailable
 from irlfast.ops.token_stats import TokenStats, token_stats_reference
 
 Mode = Literal["auto", "recompute", "keep", "frozen"]
 MODES: tuple[str, ...] = get_args(Mode)
-
-# Columns of the vocabulary worked on at a time: fewer make the products slower, more fall out of the caches.
-CHUNK = 2048
 
 
 def linear_token_stats_reference(
@@ -91,6 +95,10 @@ def _backward_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return backward_chunked(CpuEpilogue(), *arguments)
 
 
+_CPU = Kernels(_forward_cpu, _backward_cpu)
+_TRITON = Kernels(forward_triton, backward_triton)
+
+
 def _forward_fake(
     hidden: Tensor,
     weight: Tensor,
@@ -131,13 +139,35 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> No
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _differentiate(torch.ops.irlfast.linear_token_stats_backward, ctx, ctx.needs_input_grad[:3], grads)
+
+
+def _differentiate(
+    run: Callable[..., tuple[Tensor, ...]], ctx: Any, needed: tuple[bool, ...], grads: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, labels, row_temperature, state, saved = ctx.saved_tensors
-    needs = [bool(needed) for needed in ctx.needs_input_grad[:3]]
-    gradients = torch.ops.irlfast.linear_token_stats_backward(
-        hidden, weight, bias, labels, row_temperature, *ctx.options, state, saved, *grads[:3], needs
-    )
-    wanted = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
+    needs = [bool(need) for need in needed]
+    gradients = run(hidden, weight, bias, labels, row_temperature, *ctx.options, state, saved, *grads[:3], needs)
+    wanted = [g if need else None for g, need in zip(gradients, needs, strict=True)]
     return (*wanted, *[None] * 7)
+
+
+class _LinearTokenStats(torch.autograd.Function):
+    """The registered op with the kernels given, which in Triton's interpreter are not those of the tensors' device."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Kernels, *inputs: Any) -> Outputs:
+        output: Outputs = kernels.forward(*inputs)
+        ctx.kernels = kernels
+        _save_for_backward(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        # With create_graph the registered op is called, whose own derivative says that there is none.
+        direct = not torch.is_grad_enabled() and runs_undispatched(ctx.saved_tensors[0])
+        run = ctx.kernels.backward if direct else torch.ops.irlfast.linear_token_stats_backward
+        return None, *_differentiate(run, ctx, ctx.needs_input_grad[1:4], grads)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
@@ -149,13 +179,16 @@ def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
 
 LIBRARY.impl("linear_token_stats", _forward_cpu, "CPU")
 LIBRARY.impl("linear_token_stats_backward", _backward_cpu, "CPU")
+LIBRARY.impl("linear_token_stats", forward_triton, "CUDA")  # AMD's GPUs have the key too
+LIBRARY.impl("linear_token_stats_backward", backward_triton, "CUDA")
 torch.library.register_fake("irlfast::linear_token_stats", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("irlfast::linear_token_stats_backward", _backward_fake, lib=LIBRARY)
 torch.library.register_autograd("irlfast::linear_token_stats", _backward, setup_context=_save_for_backward, lib=LIBRARY)
 torch.library.register_autograd("irlfast::linear_token_stats_backward", _no_second_derivative, lib=LIBRARY)
 
 
-def _run_native(
+def _run_kernels(
+    kernels: Kernels,
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -166,15 +199,19 @@ def _run_native(
     ignore_index: int,
     mode: str,
     memory_budget: int,
-    chunk: int,
+    chunk: int | None,
 ) -> TokenStats:
     shape = labels.shape
-    if not torch.compiler.is_compiling():  # where the op itself checks, which sees labels without their shape
+    if (
+        kernels is _CPU and not torch.compiler.is_compiling()
+    ):  # where the op itself checks, which sees labels without their shape
         check_labels(labels, weight.shape[0], ignore_index)
     temperature, row_temperature = split_temperature(temperature, shape, hidden.dtype)
-    chunk = -(-chunk // CpuEpilogue.piece) * CpuEpilogue.piece
+    chunk = columns_at_once(chunk, hidden)
     mode = resolve_mode(mode, hidden, weight, bias, labels.numel(), memory_budget)
     run: Callable[..., Outputs] = torch.ops.irlfast.linear_token_stats
+    if kernels is _TRITON and runs_undispatched(hidden) and runs_undispatched(weight):
+        run = partial(_LinearTokenStats.apply, kernels)
     logprob, entropy, lse, _, _ = run(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -201,7 +238,7 @@ def _run_reference(
     ignore_index: int,
     mode: str,
     memory_budget: int,
-    chunk: int,
+    chunk: int | None,
 ) -> TokenStats:
     """Whole logits: mode, memory_budget and chunk have nothing to decide."""
     temperature = expand_temperature(temperature, labels.shape)
@@ -211,9 +248,9 @@ def _run_reference(
 
 
 IMPLEMENTATIONS = {
-    "cpu": Implementation(run=_run_native, unavailable=cpu_kernel_unavailable),
+    "cpu": Implementation(run=partial(_run_kernels, _CPU), unavailable=cpu_kernel_unavailable),
     "cuda": not_in_this_release("CUDA"),
-    "triton": not_in_this_release("Triton"),
+    "triton": Implementation(run=partial(_run_kernels, _TRITON), unavailable=triton_unavailable),
     "reference": Implementation(run=_run_reference, unavailable=lambda tensor: None),
 }
 
@@ -248,7 +285,7 @@ def linear_token_stats(
     impl: str = "auto",
     mode: Mode = "auto",
     memory_budget: int = 1 << 30,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> TokenStats:
     """Log-prob of each label, entropy and log-sum-exp from hidden states and the output head.
 
@@ -260,20 +297,22 @@ def linear_token_stats(
         bias: [V].
         temperature: a positive number, or a tensor that broadcasts to [...] with one value per row. Not differentiable.
         softcap: c > 0 replaces each logit l by c tanh(l / c) before the temperature (Gemma 2, arXiv 2408.00118).
-        ignore_index: rows with this label give 0, no gradient, and cost no product.
+        ignore_index: rows with this label give 0, no gradient, and (on the CPU) cost no product.
         impl: "auto", "reference", "cpu", "cuda" or "triton". The reference makes the logits whole.
         mode: "recompute", "keep" or "frozen", see above; only speed and memory differ. "auto" takes "frozen" where
             neither weight nor bias is trained (if the loss has an entropy term, "keep" is as quick), otherwise "keep"
             where the logits fit the budget, otherwise "recompute".
         memory_budget: bytes that kept logits, 4 (float64: 8) for each row and token, may take under "auto".
-        chunk: columns of the vocabulary worked on at a time, rounded up to a multiple of 2048. What is summed per row
-            does not depend on it. Up to 16 MiB of logits are worked on at a time.
+        chunk: columns of the vocabulary worked on at a time, rounded up to a multiple of 2048; None means 2048, on a
+            GPU 8192. What is summed per row does not depend on it. Up to 16 MiB of logits (on a GPU 256 MiB) are worked
+            on at a time.
 
     Returns:
         TokenStats(logprob, entropy, lse), each [...], float32 (float64 for float64 input), differentiable together
         with respect to hidden, weight and bias, once. Logits are not rounded to the hidden states' type; their
-        gradient is, where they are bfloat16 and the processor multiplies those (as it would be in eager). A row that
-        receives no gradient enters no product of backward and gets exactly 0, and so do its terms elsewhere.
+        gradient is, where they are bfloat16 (on a GPU float16 too) and the processor multiplies those (as it would be
+        in eager). A row that receives no gradient enters no product of backward (on the CPU) and gets exactly 0, and so
+        do its terms elsewhere.
 
     Raises:
         IndexError: a label is outside [0, V) and not `ignore_index` (on the CPU; on a GPU that row is NaN).
