@@ -23,13 +23,13 @@ SMALL = {"A": (9, 64), "B": (9, 64), "C": (9, 64), "D": (9, 8, 64), "E": (4, 16)
 KINDS = {(case.op, case.work): dataclasses.replace(case, shape=SMALL[case.line]) for case in CASES}
 
 
-def measure(case: GpuCase) -> list[dict[str, Any]]:
-    return measure_case(case, "cpu", Settings(budget=1e-4, skip=("compile", "peer")), HostClock())
+def measure(case: GpuCase, *skip: str) -> list[dict[str, Any]]:
+    return measure_case(case, "cpu", Settings(budget=1e-4, skip=("compile", *skip)), HostClock())
 
 
 @pytest.mark.parametrize("case", KINDS.values(), ids=str)
 def test_every_case_is_right_in_small(case: GpuCase) -> None:
-    rows = measure(case)
+    rows = measure(case, "peer")  # some of which compile, and warn as they do
     assert json.loads(json.dumps(rows)) == rows
     assert {row["impl"] for row in rows} == {"cpu"}
     assert {row["malloc"] for row in rows} == {"caching"}
