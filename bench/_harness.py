@@ -220,13 +220,15 @@ def time_in_turn(plans: Sequence[Plan], seconds: Callable[[Plan], float]) -> dic
     # What torch's modules hold need not be looked through for garbage in the middle of somebody's turn.
     gc.collect()
     gc.freeze()
-    most = max(plan.rounds for plan in plans if plan.contender.family == "ours")
-    for turn in range(most):
-        start = turn % len(plans)
-        for plan in [*plans[start:], *plans[:start]]:
-            if plan.contender.family == "ours" or turn < plan.rounds:
-                times[plan.contender.name].append(seconds(plan))
-    gc.unfreeze()
+    try:
+        most = max(plan.rounds for plan in plans if plan.contender.family == "ours")
+        for turn in range(most):
+            start = turn % len(plans)
+            for plan in [*plans[start:], *plans[:start]]:
+                if plan.contender.family == "ours" or turn < plan.rounds:
+                    times[plan.contender.name].append(seconds(plan))
+    finally:
+        gc.unfreeze()
     return times
 
 

@@ -141,27 +141,13 @@ def forward_triton(
     bias: Tensor | None,
     labels: Tensor,
     row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
-    mode: str,
-    chunk: int,
+    *rest: Any,
 ) -> Outputs:
     """The registered op."""
+    _, _, ignore_index, *_ = rest
     row_temperature = known_temperature(row_temperature, labels, ignore_index)
-    return forward_chunked(
-        TritonEpilogue(weight.shape[0], ignore_index),
-        hidden,
-        weight,
-        bias,
-        labels,
-        row_temperature,
-        temperature,
-        softcap,
-        ignore_index,
-        mode,
-        chunk,
-    )
+    epilogue = TritonEpilogue(weight.shape[0], ignore_index)
+    return forward_chunked(epilogue, hidden, weight, bias, labels, row_temperature, *rest)
 
 
 def backward_triton(
@@ -170,22 +156,10 @@ def backward_triton(
     bias: Tensor | None,
     labels: Tensor,
     row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The registered op's gradient."""
+    _, _, ignore_index, *_ = rest
     row_temperature = known_temperature(row_temperature, labels, ignore_index)
-    return backward_chunked(
-        TritonEpilogue(weight.shape[0], ignore_index),
-        hidden,
-        weight,
-        bias,
-        labels,
-        row_temperature,
-        temperature,
-        softcap,
-        ignore_index,
-        *rest,
-    )
+    epilogue = TritonEpilogue(weight.shape[0], ignore_index)
+    return backward_chunked(epilogue, hidden, weight, bias, labels, row_temperature, *rest)

@@ -202,9 +202,8 @@ def _run_kernels(
     chunk: int | None,
 ) -> TokenStats:
     shape = labels.shape
-    if (
-        kernels is _CPU and not torch.compiler.is_compiling()
-    ):  # where the op itself checks, which sees labels without their shape
+    # Under compile the op itself checks, which sees labels without their shape.
+    if kernels is _CPU and not torch.compiler.is_compiling():
         check_labels(labels, weight.shape[0], ignore_index)
     temperature, row_temperature = split_temperature(temperature, shape, hidden.dtype)
     chunk = columns_at_once(chunk, hidden)
