@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from irlfast.losses._rewards import check_beside, check_rewards, prompts_of, reward_summary
 from irlfast.ops import importance_weights
-from irlfast.ops._segments import Groups, compute_dtype, require_floating
+from irlfast.ops._segments import Groups, compute_dtype
 
 
 class RewardLoss(NamedTuple):
@@ -83,10 +84,7 @@ def maxent_irl_loss(
     if not 0 <= centre < float("inf"):
         raise ValueError(f"centre is {centre}; expected a penalty coefficient of at least 0")
     _check_vectors(expert_rewards, sample_rewards, log_proposal, log_base, expert_log_proposal, expert_log_base)
-    if (expert_groups is None) != (sample_groups is None):
-        raise ValueError("expert_groups and sample_groups go together: give both, or neither for a single prompt")
-    prompts = Groups.of(sample_groups, sample_rewards, name="sample_groups")
-    expert_index = _index_of(expert_groups, expert_rewards, prompts)
+    prompts, expert_index = prompts_of(expert_rewards, sample_rewards, expert_groups, sample_groups)
 
     dtype = compute_dtype(expert_rewards, sample_rewards)
     expert_rewards, sample_rewards = expert_rewards.to(dtype), sample_rewards.to(dtype)
@@ -116,14 +114,10 @@ def maxent_irl_loss(
 
     expert, sample = expert_rewards.detach(), sample_rewards.detach()
     metrics = {
-        "expert_reward": expert.mean(),
-        "sample_reward": sample.mean(),
-        "margin": expert.mean() - sample.mean(),
-        "auc": _reward_auc(expert, expert_index, sample, prompts),
+        **reward_summary(expert, sample, expert_index, prompts),
         "log_normalizer": log_normalizer.detach()[expert_index].mean(),
         "ess": ess.detach()[expert_index].mean(),
         "ess_relative": (ess.detach() / by_prompt.counts)[expert_index].mean(),
-        "max_abs_reward": torch.maximum(expert.abs().max(), sample.abs().max()),
     }
     return RewardLoss(loss, metrics)
 
@@ -136,58 +130,12 @@ def _check_vectors(
     expert_log_proposal: Tensor | None,
     expert_log_base: Tensor | None,
 ) -> None:
-    for name, rewards in (("expert_rewards", expert_rewards), ("sample_rewards", sample_rewards)):
-        require_floating(**{name: rewards})
-        if rewards.dim() != 1 or not len(rewards):
-            raise ValueError(f"{name} has shape {tuple(rewards.shape)}; expected a vector of at least one reward")
-        if rewards.is_cpu and not torch.isfinite(rewards).all():
-            row = int((~torch.isfinite(rewards)).nonzero()[0, 0])
-            raise ValueError(f"{name}[{row}] is {rewards[row].item()}; every reward must be finite")
-    beside: list[tuple[str, Tensor | None, str, Tensor]] = [
-        ("log_proposal", log_proposal, "sample_rewards", sample_rewards),
-        ("log_base", log_base, "sample_rewards", sample_rewards),
-        ("expert_log_proposal", expert_log_proposal, "expert_rewards", expert_rewards),
-        ("expert_log_base", expert_log_base, "expert_rewards", expert_rewards),
-    ]
-    for name, values, partner, rewards in beside:
-        if values is None:
-            continue
-        require_floating(**{name: values})
-        if values.shape != rewards.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(values.shape)}; expected that of {partner}, {tuple(rewards.shape)}"
-            )
+    check_rewards(expert_rewards=expert_rewards, sample_rewards=sample_rewards)
+    check_beside("log_proposal", log_proposal, "sample_rewards", sample_rewards)
+    check_beside("log_base", log_base, "sample_rewards", sample_rewards)
+    check_beside("expert_log_proposal", expert_log_proposal, "expert_rewards", expert_rewards)
+    check_beside("expert_log_base", expert_log_base, "expert_rewards", expert_rewards)
     if expert_log_proposal is None and expert_log_base is not None:
         raise ValueError("expert_log_base is used only with expert_log_proposal; give both, or leave it out")
     if expert_log_proposal is not None and (log_base is None) != (expert_log_base is None):
         raise ValueError("with expert_log_proposal, give both log_base and expert_log_base, or neither")
-
-
-def _index_of(expert_groups: Tensor | None, expert_rewards: Tensor, prompts: Groups) -> Tensor:
-    """Where each demonstration's prompt stands among the samples' prompts: [E]."""
-    if expert_groups is None:
-        return torch.zeros(expert_rewards.shape, dtype=torch.int64, device=expert_rewards.device)
-    wanted = Groups.of(expert_groups, expert_rewards, name="expert_groups")
-    missing = wanted.ids[~torch.isin(wanted.ids, prompts.ids)]
-    if len(missing):
-        shown = ", ".join(str(i) for i in missing[:5].tolist()) + (", ..." if len(missing) > 5 else "")
-        raise ValueError(
-            f"expert_groups names {len(missing)} group(s) without samples in sample_groups: {shown}; "
-            "sample each demonstration's own prompt, for the normaliser depends on it"
-        )
-    return torch.searchsorted(prompts.ids, wanted.ids)[wanted.index]
-
-
-def _reward_auc(expert: Tensor, expert_index: Tensor, sample: Tensor, prompts: Groups) -> Tensor:
-    """Mann-Whitney statistic over all (demonstration, sample) pairs of one prompt, ties counting half.
-
-    Rewards become integer ranks and prompt and rank one key, so that a single sort serves every prompt.
-    """
-    ranks = torch.unique(torch.cat([expert, sample]), return_inverse=True)[1]
-    width = len(ranks) + 1
-    keys = torch.sort(prompts.index * width + ranks[len(expert) :]).values
-    wanted = expert_index * width + ranks[: len(expert)]
-    below = torch.searchsorted(keys, wanted, right=False) - prompts.offsets[expert_index]
-    up_to = torch.searchsorted(keys, wanted, right=True) - prompts.offsets[expert_index]
-    wins = (below + up_to).sum().double() / 2
-    return (wins / prompts.counts[expert_index].sum()).to(expert.dtype)

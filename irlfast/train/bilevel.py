@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from irlfast.data import TokenizedDemonstration
-from irlfast.losses import group_advantages, maxent_irl_loss, policy_loss
+from irlfast.losses import RewardBatch, group_advantages, policy_loss
 from irlfast.rewards import RewardModel
 from irlfast.rollout import RolloutEngine, Rollouts, Sequences
 
@@ -56,11 +56,15 @@ class Scored:
 
 @dataclass(frozen=True, kw_only=True)
 class Experience:
-    """Demonstrations and the policy's own answers to the same prompts; equal prompts are one group."""
+    """Demonstrations and the policy's own answers to the same prompts; equal prompts are one group.
+
+    expert_logprobs [E]: log pi(y|x) of the demonstrations under the policy that sampled, where the objective asks.
+    """
 
     experts: Sequences
     samples: Rollouts
     scored: Scored
+    expert_logprobs: Tensor | None = None
 
 
 class BiLevelTrainer:
@@ -113,6 +117,7 @@ class BiLevelTrainer:
         self.reward = reward
         self.heldout = list(heldout)[: config.eval_prompts]
         self.config = config
+        self.objective = config.reward.make_objective()
         self.pad_token_id = pad_token_id
         self.out = out
         self.reference = reference.requires_grad_(False).eval() if reference is not None else None
@@ -208,7 +213,12 @@ class BiLevelTrainer:
             self.pad_token_id,
             [groups[tuple(row.prompt_ids)] for row in drawn],
         ).to(samples.input_ids.device)
-        return Experience(experts=experts, samples=samples, scored=self._score(samples))
+        return Experience(
+            experts=experts,
+            samples=samples,
+            scored=self._score(samples),
+            expert_logprobs=self._expert_logprobs(experts) if "expert_logprobs" in self.objective.needs else None,
+        )
 
     def policy_step(self, experience: Experience) -> dict[str, float]:
         """One policy step on fresh rollouts: `epochs` x `minibatches` optimiser steps."""
@@ -278,27 +288,41 @@ class BiLevelTrainer:
 
     def reward_step(self, experience: Experience) -> dict[str, float]:
         """One optimiser step of the reward on demonstrations and samples of their prompts."""
-        config, samples, experts = self.config, experience.samples, experience.experts
-        expert_features = self._score(experts).features
+        expert_scored = self._score(experience.experts)
         self.reward.train()
         self.reward_optimizer.zero_grad()
-        result = maxent_irl_loss(
-            self.reward(expert_features, experts.response_mask),
-            self.reward(experience.scored.features, samples.response_mask),
-            sequence_sum(samples.sampler_logprobs, samples),
-            log_base=experience.scored.log_base,
-            expert_groups=experts.groups,
-            sample_groups=samples.groups,
-            beta=config.beta,
-            clip=config.reward.weight_clip,
-            temper=config.reward.weight_temper,
-            centre=config.reward.centre,
-        )
+        result = self.objective.loss(self._reward_batch(experience, expert_scored))
         result.loss.backward()
         norm, lr = self.reward_optimizer.step()
+        self.objective.after_step(self.reward)
         self.reward.eval()
         metrics = {key: float(value) for key, value in result.metrics.items()}
         return {"loss": float(result.loss.detach()), **metrics, "grad_norm": norm, "lr": lr}
+
+    def _reward_batch(self, experience: Experience, expert_scored: Scored) -> RewardBatch:
+        """Rewards as they are now, with gradient, and what the objective may ask for beside them."""
+        samples, experts, scored = experience.samples, experience.experts, experience.scored
+        return RewardBatch(
+            expert_rewards=self.reward(expert_scored.features, experts.response_mask),
+            sample_rewards=self.reward(scored.features, samples.response_mask),
+            expert_groups=experts.groups,
+            sample_groups=samples.groups,
+            log_proposal=sequence_sum(samples.sampler_logprobs, samples),
+            log_base=scored.log_base,
+            expert_log_base=expert_scored.log_base,
+            expert_logprobs=experience.expert_logprobs,
+            sample_logprobs=sequence_sum(samples.model_logprobs, samples),
+            parameters=tuple(self.reward.parameters()),
+            beta=self.config.beta,
+        )
+
+    @torch.no_grad()
+    def _expert_logprobs(self, experts: Sequences) -> Tensor:
+        """log pi(y|x) [E] of demonstrations under the policy as it is."""
+        self.policy.eval()
+        size = self.config.policy.micro_batch_size
+        parts = [experts.select(slice(low, low + size)) for low in range(0, len(experts), size)]
+        return torch.cat([sequence_sum(response_scores(self.policy, part).stats.logprob, part) for part in parts])
 
     @torch.no_grad()
     def _score(self, sequences: Sequences) -> Scored:

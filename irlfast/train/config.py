@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from irlfast.losses import Objective, make_objective
 from irlfast.rollout import SamplingParams
 
 
@@ -77,8 +78,13 @@ class PolicyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """The reward update: maximum-entropy IRL with importance weights (irlfast.losses.maxent_irl_loss)."""
+    """The reward update: an objective (irlfast.losses, docs/objectives.md), its options and what keeps it stable."""
 
+    objective: str = "maxent"
+    """What the reward is learned by; a name that irlfast.losses.objective_names() lists, or one's own
+    (irlfast.train.register_objective)."""
+    options: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """The objective's own options, name and value in turn (docs/objectives.md lists them)."""
     weight_clip: float | None = None
     """Bound on the log importance weight around its group's mean; none by default."""
     weight_temper: float = 1.0
@@ -96,6 +102,27 @@ class RewardConfig:
         require(self.weight_temper > 0, "reward.weight_temper", self.weight_temper, "a number above 0")
         require(self.centre >= 0, "reward.centre", self.centre, "a number of at least 0")
         require(self.micro_batch_size >= 1, "reward.micro_batch_size", self.micro_batch_size, "at least 1")
+        self.make_objective()
+
+    def make_objective(self) -> Objective:
+        """The objective with its options, the shared ones (weight_clip, weight_temper, centre) among them.
+
+        Raises:
+            ValueError: an unknown objective, or an option that it does not have.
+        """
+        options: dict[str, Any] = dict(self.options)
+        for shared in fields(self):
+            if shared.name not in _SHARED_OPTIONS or getattr(self, shared.name) == shared.default:
+                continue
+            if shared.name in options:
+                raise ValueError(f"{shared.name} stands in reward.options and in reward.{shared.name}: give one")
+            options[shared.name] = getattr(self, shared.name)
+        return make_objective(self.objective, options)
+
+
+# Options that several objectives have: written as fields of RewardConfig, given to an objective where they are not the
+# default, and refused by one that has no such option.
+_SHARED_OPTIONS = ("weight_clip", "weight_temper", "centre")
 
 
 @dataclass(frozen=True, kw_only=True)

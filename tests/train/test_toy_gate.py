@@ -13,8 +13,8 @@ from torch import Tensor
 
 from irlfast.demo.toy import make_toy_trainer, toy_recovery
 from irlfast.eval import toy
-from irlfast.losses import RewardLoss
-from irlfast.train import BiLevelTrainer, bilevel
+from irlfast.losses import RewardLoss, maxent
+from irlfast.train import BiLevelTrainer
 from irlfast.train.bilevel import Experience
 
 GATE = toy.RewardRecovery(pearson=0.98, tv=0.10)
@@ -49,13 +49,13 @@ def drop_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _change_reward_loss(monkeypatch: pytest.MonkeyPatch, loss: Callable[..., Tensor]) -> None:
     """Put `loss(right, expert_rewards, sample_rewards)` in place of the reward loss, `right` being the real one."""
-    right = bilevel.maxent_irl_loss
+    right = maxent.maxent_irl_loss
 
     def broken(expert_rewards: Tensor, sample_rewards: Tensor, log_q: Tensor, **options: object) -> RewardLoss:
         result = right(expert_rewards, sample_rewards, log_q, **options)  # type: ignore[arg-type]
         return result._replace(loss=loss(result.loss, expert_rewards, sample_rewards))
 
-    monkeypatch.setattr(bilevel, "maxent_irl_loss", broken)
+    monkeypatch.setattr(maxent, "maxent_irl_loss", broken)
 
 
 def weigh_unevenly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,12 +67,12 @@ def flip_sign(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def drop_log_q(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = bilevel.maxent_irl_loss
+    right = maxent.maxent_irl_loss
 
     def broken(expert_rewards: Tensor, sample_rewards: Tensor, log_q: Tensor, **options: object) -> RewardLoss:
         return right(expert_rewards, sample_rewards, torch.zeros_like(log_q), **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(bilevel, "maxent_irl_loss", broken)
+    monkeypatch.setattr(maxent, "maxent_irl_loss", broken)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
