@@ -2,26 +2,31 @@
 
 Each file is written beside its place, synced and renamed, so a crash leaves the old file or the new one. The weights
 carry the configuration too; a folder whose two files come from different saves is told from a whole one and refused.
+
+Format 2 of `config.json` names the kind of model and the language model whose states it reads; format 1 is an MLP that
+says nothing of that, and is still read.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from irlfast import __version__
 
-from .model import RewardModel, RewardModelConfig
+from .base import BaseRewardModel
+from .create import make_config, model_class
+from .reader import ReaderConfig
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 
 
-def save_reward_model(model: RewardModel, directory: str | Path) -> None:
+def save_reward_model(model: BaseRewardModel, directory: str | Path) -> None:
     """Write the model into `directory`, which is made if need be; other files there are left alone.
 
     Raises:
@@ -30,9 +35,15 @@ def save_reward_model(model: RewardModel, directory: str | Path) -> None:
     safetensors = _safetensors()
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    header = {"format": FORMAT, "irlfast_version": __version__, "config": asdict(model.config)}
+    header = {
+        "format": FORMAT,
+        "irlfast_version": __version__,
+        "model_type": model.model_type,
+        "config": asdict(model.config),
+        "source": None if model.source is None else asdict(model.source),
+    }
     text = json.dumps(header, indent=2, sort_keys=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.saved_state().items()}
     _replace(folder / WEIGHTS, safetensors.torch.save(tensors, metadata={"irlfast": text}))
     _replace(folder / CONFIG, (text + "\n").encode())
     if hasattr(os, "O_DIRECTORY"):  # a rename is safe from a power cut once its folder is synced
@@ -43,8 +54,8 @@ def save_reward_model(model: RewardModel, directory: str | Path) -> None:
             os.close(descriptor)
 
 
-def load_reward_model(directory: str | Path) -> RewardModel:
-    """Read a model back, on the CPU, in the dtype it was saved in and in evaluation mode.
+def load_reward_model(directory: str | Path) -> BaseRewardModel:
+    """Read a model of any kind back, on the CPU, in the dtype it was saved in and in evaluation mode.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -59,7 +70,7 @@ def load_reward_model(directory: str | Path) -> RewardModel:
         header = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as cause:
         raise ValueError(f"{folder / CONFIG} is not JSON: {cause}") from cause
-    config = _config(header, folder / CONFIG)
+    model = _model(header, folder / CONFIG)
     try:
         with safetensors.safe_open(folder / WEIGHTS, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -68,8 +79,7 @@ def load_reward_model(directory: str | Path) -> RewardModel:
         raise ValueError(f"{folder / WEIGHTS} cannot be read: {cause}") from cause
     if "irlfast" in metadata and json.loads(metadata["irlfast"])["config"] != header["config"]:
         raise ValueError(f"{CONFIG} and {WEIGHTS} in {folder} come from different saves: save the model again")
-    model = RewardModel(config)
-    expected = model.state_dict()
+    expected = model.saved_state()
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:
         raise ValueError(f"{folder / WEIGHTS} does not fit its configuration: missing {missing}, unknown {unknown}")
@@ -79,12 +89,13 @@ def load_reward_model(directory: str | Path) -> RewardModel:
                 f"{name} in {folder / WEIGHTS} has shape {list(tensor.shape)}, "
                 f"the configuration asks for {list(expected[name].shape)}"
             )
-    model.to(tensors["feature_mean"].dtype)
-    model.load_state_dict(tensors)
+    # What is missing here was not saved because it comes from elsewhere: the names were compared above.
+    model.load_state_dict(tensors, strict=False, assign=True)
     return model.eval()
 
 
-def _config(header: Any, path: Path) -> RewardModelConfig:
+def _model(header: Any, path: Path) -> BaseRewardModel:
+    """The model that a configuration describes, untrained."""
     if not isinstance(header, dict) or not isinstance(header.get("config"), dict) or "format" not in header:
         raise ValueError(f'{path} must be an object with "format" and "config"; it is no reward model of irlfast')
     if not isinstance(header["format"], int) or header["format"] > FORMAT:
@@ -92,10 +103,11 @@ def _config(header: Any, path: Path) -> RewardModelConfig:
             f"{path} has format {header['format']!r}, written by irlfast {header.get('irlfast_version')}; "
             f"this irlfast {__version__} reads up to {FORMAT}: upgrade irlfast"
         )
-    unknown = sorted(header["config"].keys() - {field.name for field in fields(RewardModelConfig)})
-    if unknown or "hidden_size" not in header["config"]:
-        raise ValueError(f"{path}: config needs hidden_size and has unknown fields {unknown}")
-    return RewardModelConfig(**header["config"])
+    cls = model_class(header.get("model_type", "mlp"), where=str(path))
+    model = cls(make_config(cls, header["config"], where=str(path)))
+    if header.get("source") is not None:
+        model.source = ReaderConfig(**header["source"])
+    return model
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from irlfast.data import TokenizedDemonstration
 from irlfast.losses import RewardBatch, group_advantages, policy_loss
-from irlfast.rewards import RewardModel
+from irlfast.rewards import BaseRewardModel, ReaderConfig, read
 from irlfast.rollout import RolloutEngine, Rollouts, Sequences
 
 from . import state
@@ -40,7 +40,7 @@ from .config import BiLevelConfig
 from .evaluation import SampleMetrics, evaluate_policy
 from .log import Progress, RunLog
 from .optim import Optimizer
-from .scoring import ResponseScores, response_scores, sequence_sum
+from .scoring import response_scores, sequence_sum
 from .seeds import EndlessDraws, derive_seed, permutation
 
 FeatureFunction = Callable[[Tensor, Tensor], Tensor]
@@ -48,9 +48,9 @@ FeatureFunction = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """What the reference says of sequences: features [B, S, H] for the reward, log b(y|x) [B]."""
+    """What the frozen models say of sequences: the reward's positional inputs (irlfast.rewards), log b(y|x) [B]."""
 
-    features: Tensor
+    inputs: tuple[Tensor, ...]
     log_base: Tensor
 
 
@@ -73,14 +73,16 @@ class BiLevelTrainer:
     Args:
         policy: causal LM, called as model(input_ids=, attention_mask=, use_cache=), its output has `.logits` [B, S, V].
         engine: samples from the policy.
-        reward: scores pooled features.
+        reward: any reward model of irlfast.rewards.
         demonstrations: what the reward is learned from; their prompts are the policy's prompts.
         heldout: demonstrations for evaluation only.
         config: see BiLevelConfig.
         pad_token_id: fills the right of shorter rows.
         out: folder for metrics.jsonl and checkpoints/; None keeps nothing on disk.
-        reference: frozen causal LM. Required by regularizer="kl" (it is the base b), and where `features` is None.
-        features: (input_ids, attention_mask) -> [B, S, H], what the reward reads; None: the reference's last layer.
+        reference: frozen causal LM. Required by regularizer="kl" (it is the base b), and by a reward on hidden states
+            where `features` is None.
+        features: (input_ids, attention_mask) -> [B, S, H], what a reward on hidden states reads; None: the reference's,
+            as `reward.source` says, by default the last layer's.
         sample_metrics: further metrics of the evaluation's samples.
         extra_state: writes further files of every checkpoint (a tokenizer's, for instance), given the folder of its
             policy.
@@ -94,7 +96,7 @@ class BiLevelTrainer:
         *,
         policy: nn.Module,
         engine: RolloutEngine,
-        reward: RewardModel,
+        reward: BaseRewardModel,
         demonstrations: Sequence[TokenizedDemonstration],
         heldout: Sequence[TokenizedDemonstration],
         config: BiLevelConfig,
@@ -107,7 +109,8 @@ class BiLevelTrainer:
     ) -> None:
         if not heldout:
             raise ValueError("no held-out demonstrations: keep at least one row apart, or nothing can be evaluated")
-        if reference is None and (config.regularizer == "kl" or features is None):
+        reads_states = features is None and reward.reads == "hidden_states"
+        if reference is None and (config.regularizer == "kl" or reads_states):
             need = "regularizer='kl'" if config.regularizer == "kl" else "features=None"
             raise ValueError(f"{need} needs a reference model: pass reference=, a frozen copy of the initial policy")
         if reference is policy:
@@ -115,6 +118,8 @@ class BiLevelTrainer:
         self.policy = policy
         self.engine = engine
         self.reward = reward
+        if reads_states:
+            _set_source(reward, reference, config)
         self.heldout = list(heldout)[: config.eval_prompts]
         self.config = config
         self.objective = config.reward.make_objective()
@@ -138,14 +143,8 @@ class BiLevelTrainer:
     def fit_reward_scale(self) -> None:
         """Standardise the reward's features on demonstrations and samples of their prompts; call it before `train`."""
         gathered = self._gather()
-        parts = [gathered.samples, gathered.experts]
-        features = [gathered.scored.features, self._score(gathered.experts).features]
-        width = max(f.shape[1] for f in features)
-        pad = nn.functional.pad
-        self.reward.fit_feature_scale(
-            torch.cat([pad(f, (0, 0, 0, width - f.shape[1])) for f in features]),
-            torch.cat([pad(p.response_mask, (0, width - p.response_mask.shape[1])) for p in parts]),
-        )
+        inputs = [gathered.scored.inputs, self._score(gathered.experts).inputs]
+        self.reward.fit_feature_scale(*map(_stack, *inputs))
 
     # The loop
 
@@ -229,7 +228,7 @@ class BiLevelTrainer:
         log_q = sequence_sum(samples.sampler_logprobs, samples)
         log_ratio = sequence_sum(samples.model_logprobs, samples) - experience.scored.log_base
         # Serving rescales the reward by 1 / scale; beta is rescaled with it, so that the optimum stays where it is.
-        served = self.reward.serve(experience.scored.features, samples.response_mask, update=True)
+        served = self.reward.serve(*experience.scored.inputs, update=True)
         beta = config.beta / self.reward.normalizer.scale
         returns = served - beta * log_ratio
         advantages = group_advantages(returns, samples.groups, kind=config.policy.advantage)
@@ -303,8 +302,8 @@ class BiLevelTrainer:
         """Rewards as they are now, with gradient, and what the objective may ask for beside them."""
         samples, experts, scored = experience.samples, experience.experts, experience.scored
         return RewardBatch(
-            expert_rewards=self.reward(expert_scored.features, experts.response_mask),
-            sample_rewards=self.reward(scored.features, samples.response_mask),
+            expert_rewards=self.reward(*expert_scored.inputs),
+            sample_rewards=self.reward(*scored.inputs),
             expert_groups=experts.groups,
             sample_groups=samples.groups,
             log_proposal=sequence_sum(samples.sampler_logprobs, samples),
@@ -326,34 +325,35 @@ class BiLevelTrainer:
 
     @torch.no_grad()
     def _score(self, sequences: Sequences) -> Scored:
-        """Features and base log-prob of sequences, in micro-batches."""
-        features, log_base = [], []
-        for low in range(0, len(sequences), self.config.reward.micro_batch_size):
-            part = sequences.select(slice(low, low + self.config.reward.micro_batch_size))
+        """What the reward reads of sequences, and their base log-prob, in micro-batches."""
+        size = self.config.reward.micro_batch_size
+        states, log_base = [], []
+        for low in range(0, len(sequences), size):
+            part = sequences.select(slice(low, low + size))
             if self._features is not None:
-                features.append(self._features(part.input_ids, part.attention_mask))
+                states.append(self._features(part.input_ids, part.attention_mask))
+            elif self.reward.source is not None and self.reference is not None:
+                reading = read(
+                    self.reference, part.input_ids, part.attention_mask, part.response_mask, self.reward.source
+                )
+                states.append(reading.hidden_states)
+                log_base.append(sequence_sum(reading.stats.logprob, part))
+                continue
             if self.reference is not None:
-                scores = response_scores(self.reference, part, hidden_states=self._features is None)
-                if scores.hidden is not None:
-                    features.append(self._reward_inputs(scores))
-                log_base.append(sequence_sum(scores.stats.logprob, part))
+                log_base.append(sequence_sum(response_scores(self.reference, part).stats.logprob, part))
+        if self.reward.reads == "tokens":
+            inputs = (sequences.input_ids, sequences.attention_mask, sequences.response_mask)
+        else:
+            inputs = (torch.cat(states), sequences.response_mask, sequences.attention_mask)
         base = torch.cat(log_base) if self.config.regularizer == "kl" else torch.zeros(len(sequences))
-        return Scored(features=torch.cat(features), log_base=base.to(features[0].device))
-
-    def _reward_inputs(self, scores: ResponseScores) -> Tensor:
-        """[B, S, H], or [B, S, H + 2] with the reference's log-prob and entropy of each response token."""
-        assert scores.hidden is not None
-        if not self.config.reward.token_statistics:
-            return scores.hidden
-        statistics = torch.stack([scores.stats.logprob, scores.stats.entropy], dim=-1)
-        return torch.cat([scores.hidden, statistics.to(scores.hidden.dtype)], dim=-1)
+        return Scored(inputs=inputs, log_base=base.to(sequences.input_ids.device))
 
     # Evaluation, checkpoints
 
     def rewards(self, sequences: Sequences) -> Tensor:
         """Raw learned reward of each sequence: [B], no gradient."""
         with torch.no_grad():
-            return self.reward(self._score(sequences).features, sequences.response_mask)
+            return self.reward(*self._score(sequences).inputs)
 
     def evaluate(self) -> dict[str, float]:
         """Held-out metrics of the policy and the reward as they are (see evaluate_policy)."""
@@ -393,6 +393,28 @@ class BiLevelTrainer:
         state.load(self, self.out / "checkpoints")
         self._resumed = True
         return self.iteration
+
+
+def _set_source(reward: BaseRewardModel, reference: Any, config: BiLevelConfig) -> None:
+    """Let the reward know what it reads, which is saved with it; or check that it knows."""
+    statistics = config.reward.token_statistics
+    if reward.source is None:
+        name = getattr(getattr(reference, "config", None), "name_or_path", "")
+        reward.source = ReaderConfig(model=name, token_statistics=statistics)
+    elif reward.source.token_statistics != statistics:
+        raise ValueError(
+            f"reward.token_statistics is {statistics}, the reward model was made with {reward.source}: let both agree"
+        )
+
+
+def _stack(first: Tensor, second: Tensor) -> Tensor:
+    """Two batches [B, S, ...] below one another, zeros to the right of the narrower one."""
+    width = max(first.shape[1], second.shape[1])
+    parts = []
+    for part in (first, second):
+        fill = part.new_zeros(part.shape[0], width - part.shape[1], *part.shape[2:])
+        parts.append(torch.cat([part, fill], dim=1))
+    return torch.cat(parts)
 
 
 def _deal(order: list[int], parts: int) -> list[list[int]]:

@@ -6,20 +6,13 @@ tokens before it; the first column, which nothing predicts, is 0.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import Tensor, nn
 
 from irlfast import ops
-from irlfast.causal_lm import IGNORE, at_their_tokens, next_token_labels
+from irlfast.rewards.reader import ResponsePass, response_pass
 from irlfast.rollout import Sequences
 
-
-class ResponseScores(NamedTuple):
-    """stats: TokenStats of [B, S] tensors, 0 outside the response; hidden: [B, S, H] last layer, or None."""
-
-    stats: ops.TokenStats
-    hidden: Tensor | None
+ResponseScores = ResponsePass
 
 
 def response_scores(model: nn.Module, sequences: Sequences, *, hidden_states: bool = False) -> ResponseScores:
@@ -30,16 +23,8 @@ def response_scores(model: nn.Module, sequences: Sequences, *, hidden_states: bo
         sequences: prompts and responses.
         hidden_states: also return the last layer's states after the final norm.
     """
-    optional = {"output_hidden_states": True} if hidden_states else {}
-    output = model(
-        input_ids=sequences.input_ids,
-        attention_mask=sequences.attention_mask.long(),
-        use_cache=False,
-        **optional,
-    )
-    labels = next_token_labels(sequences.input_ids, sequences.response_mask)
-    aligned = at_their_tokens(ops.token_stats(output.logits, labels, ignore_index=IGNORE))
-    return ResponseScores(aligned, output.hidden_states[-1] if hidden_states else None)
+    layer = -1 if hidden_states else None
+    return response_pass(model, sequences.input_ids, sequences.attention_mask, sequences.response_mask, layer=layer)
 
 
 def sequence_sum(values: Tensor, sequences: Sequences) -> Tensor:

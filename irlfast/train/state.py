@@ -1,7 +1,7 @@
 """What a bi-level checkpoint holds, written and read back as one.
 
 policy/model.safetensors, config.json ...    loads with AutoModelForCausalLM.from_pretrained where the policy is one
-reward/model.safetensors, config.json        loads with RewardModel.from_pretrained; the serving normaliser is inside
+reward/model.safetensors, config.json        loads with load_reward_model; the serving normaliser is inside
 optimizers.pt                                both AdamW states and torch's generator state (tensors and numbers only)
 state.json                                   iteration, data position, rollout count, the whole configuration
 """
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import irlfast
-from irlfast.rewards import RewardModel
+from irlfast.rewards import load_reward_model
 
 from .checkpoint import latest_checkpoint, write_checkpoint
 from .config import config_dict
@@ -74,7 +74,7 @@ def load(trainer: BiLevelTrainer, folder: Path) -> Path:
     if position["data_digest"] != trainer.data_digest:
         raise ValueError(f"{path} was made on other demonstrations or held-out rows: resume with the same data")
     load_model(trainer.policy, path / "policy" / "model.safetensors")
-    trainer.reward.load_state_dict(RewardModel.from_pretrained(path / "reward").state_dict())
+    trainer.reward.load_state_dict(load_reward_model(path / "reward").state_dict())
     tensors = torch.load(path / "optimizers.pt", weights_only=True)
     trainer.policy_optimizer.load_state_dict(tensors["policy_optimizer"])
     trainer.reward_optimizer.load_state_dict(tensors["reward_optimizer"])

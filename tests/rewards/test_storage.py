@@ -81,9 +81,9 @@ def test_a_missing_file_is_named(tmp_path, name):
 def test_a_newer_format_is_refused(tmp_path):
     trained().save_pretrained(tmp_path)
     header = json.loads((tmp_path / "config.json").read_text())
-    header.update(format=2, irlfast_version="9.1.0")
+    header.update(format=3, irlfast_version="9.1.0")
     (tmp_path / "config.json").write_text(json.dumps(header))
-    with pytest.raises(ValueError, match=r"format 2, written by irlfast 9.1.0; .* reads up to 1: upgrade irlfast"):
+    with pytest.raises(ValueError, match=r"format 3, written by irlfast 9.1.0; .* reads up to 2: upgrade irlfast"):
         RewardModel.from_pretrained(tmp_path)
 
 
@@ -93,7 +93,7 @@ def test_a_newer_format_is_refused(tmp_path):
         ("{", "is not JSON"),
         ("[]", "must be an object"),
         ('{"model_type": "llama"}', "it is no reward model of irlfast"),
-        ('{"format": 1, "config": {"hidden_sizes": [3]}}', "config needs hidden_size"),
+        ('{"format": 1, "config": {"hidden_sizes": [3]}}', "needs hidden_size"),
         ('{"format": 1, "config": {"hidden_size": 5, "depth": 3}}', r"unknown fields \['depth'\]"),
         ('{"format": 1, "config": {"hidden_size": 5, "pooling": "first"}}', "pooling 'first' is unknown"),
     ],

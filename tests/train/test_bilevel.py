@@ -259,7 +259,7 @@ def test_micro_batches_of_the_reference_change_nothing(make_trainer: Make, small
     def score(size: int) -> tuple[Tensor, Tensor]:
         trainer = make_trainer(replace(small_config, reward=replace(small_config.reward, micro_batch_size=size)))
         scored = trainer._gather().scored
-        return scored.features, scored.log_base
+        return scored.inputs[0], scored.log_base
 
     whole = score(256)
     assert whole[0].shape[2] == toy.NUM_FEATURES + 2
@@ -276,8 +276,8 @@ def test_reward_reads_hidden_states_and_token_statistics_of_the_reference(
     with torch.no_grad():
         trainer.policy.table.zero_()  # the policy moves on; what the reward reads must not
     ids, mask = gathered.samples.input_ids, gathered.samples.attention_mask
-    features = trainer._score(gathered.samples).features
-    assert torch.equal(features, gathered.scored.features)
+    features = trainer._score(gathered.samples).inputs[0]
+    assert torch.equal(features, gathered.scored.inputs[0])
     assert torch.equal(features[..., : toy.NUM_FEATURES], toy.ToyFeatures()(ids, mask))
     logits = trainer.reference(ids, mask).logits  # type: ignore[misc]
     logprob = torch.log_softmax(logits[:, :-1], -1).gather(-1, ids[:, 1:, None])[..., 0]
@@ -470,9 +470,7 @@ def test_fit_reward_scale_standardises_demonstrations_and_samples(
     trainer._gather = lambda: gathered.append(gather()) or gathered[-1]  # type: ignore[func-returns-value, method-assign]
     trainer.fit_reward_scale()
     experts, samples = gathered[0].experts, gathered[0].samples
-    pooled = torch.cat(
-        [trainer.reward.features(trainer._score(s).features, s.response_mask) for s in (experts, samples)]
-    )
+    pooled = torch.cat([trainer.reward.features(*trainer._score(s).inputs) for s in (experts, samples)])
     assert len(pooled) == 16 + 12
     torch.testing.assert_close(pooled.mean(0), torch.zeros(7), rtol=0, atol=1e-5)
     varies = pooled.std(0, correction=0) > 0
@@ -497,7 +495,7 @@ def test_checkpoints_hold_what_extra_state_writes_and_load_by_themselves(
     }
     reward = type(trainer.reward).from_pretrained(latest / "reward")
     gathered = trainer._gather()
-    features, mask = gathered.scored.features, gathered.samples.response_mask
+    features, mask = gathered.scored.inputs[0], gathered.samples.response_mask
     assert torch.equal(reward.serve(features, mask), trainer.reward.serve(features, mask))
     assert float(reward.normalizer.count) == float(trainer.reward.normalizer.count) == 4 * 12
 
