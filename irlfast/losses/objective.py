@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ._rewards import check_beside, check_rewards, prompts_of
+from ._rewards import check_beside, check_rewards, prompts_of, reward_summary
 from .reward import RewardLoss
 
 
@@ -93,6 +93,13 @@ class RewardBatch:
         if value is None:
             raise ValueError(f"{objective} needs {name}: give it to RewardBatch")
         return value
+
+    def summary(self) -> dict[str, Tensor]:
+        """Metrics of the rewards that every objective reports: see `_rewards.reward_summary`."""
+        prompts, expert_index = prompts_of(
+            self.expert_rewards, self.sample_rewards, self.expert_groups, self.sample_groups
+        )
+        return reward_summary(self.expert_rewards.detach(), self.sample_rewards.detach(), expert_index, prompts)
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """Rewards of every pair (demonstration, sample) of one prompt: chosen [P] and rejected [P]."""

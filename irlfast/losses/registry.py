@@ -6,13 +6,27 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
+from .airl import AirlObjective
+from .bradley_terry import BradleyTerryObjective
+from .contrastive import ContrastiveObjective
+from .gail import GailObjective
+from .max_margin import MaxMarginObjective
 from .maxent import MaxEntropyIRLObjective
 from .objective import Objective
+from .spin import SpinObjective
+from .weighted import WeightedObjective
 
 T = TypeVar("T", bound=type[Objective])
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "maxent": MaxEntropyIRLObjective,
+    "weighted": WeightedObjective,
+    "airl": AirlObjective,
+    "gail": GailObjective,
+    "contrastive": ContrastiveObjective,
+    "max_margin": MaxMarginObjective,
+    "bradley_terry": BradleyTerryObjective,
+    "spin": SpinObjective,
 }
 
 

@@ -91,6 +91,8 @@ class RewardConfig:
     """Exponent of the importance weights: below 1 they are flatter (less variance, some bias)."""
     centre: float = 0.0
     """Weight of E[r^2], which keeps the reward's free constant and its size down."""
+    label_smoothing: float = 0.0
+    """Share of labels taken to be the other way round, of objectives that classify or compare."""
     token_statistics: bool = True
     """Let the reward also read each response token's log-prob and entropy under the reference."""
     micro_batch_size: int = 256
@@ -105,7 +107,7 @@ class RewardConfig:
         self.make_objective()
 
     def make_objective(self) -> Objective:
-        """The objective with its options, the shared ones (weight_clip, weight_temper, centre) among them.
+        """The objective with its options, the shared ones (weight_clip, weight_temper, centre, label_smoothing) among them.
 
         Raises:
             ValueError: an unknown objective, or an option that it does not have.
@@ -122,7 +124,7 @@ class RewardConfig:
 
 # Options that several objectives have: written as fields of RewardConfig, given to an objective where they are not the
 # default, and refused by one that has no such option.
-_SHARED_OPTIONS = ("weight_clip", "weight_temper", "centre")
+_SHARED_OPTIONS = ("weight_clip", "weight_temper", "centre", "label_smoothing")
 
 
 @dataclass(frozen=True, kw_only=True)
