@@ -4,8 +4,8 @@ The model of the demonstrator is p(y|x) ~ b(y|x) exp(r(x, y) / beta), b the refe
 IRL (Ziebart et al. 2008) and, with samples of the policy as importance proposals, guided cost learning (Finn et al.
 2016, arXiv 1603.00448). Each iteration takes `policy_steps` steps of
 
-    policy:  maximise E_pi[r] - beta KL(pi || b)          REINFORCE or PPO on whole responses, leave-one-out baseline
-    return   R_i = r(y_i) - beta (log pi(y_i) - log b(y_i)),   one number a response, detached
+    policy:  maximise E_pi[r] - beta KL(pi || b)          by one of irlfast.train.policy_kinds
+    return   R_i = r(y_i) - beta (log pi(y_i) - log b(y_i)),   a response's, or spread over its tokens; detached
 
 and then `reward_steps` steps of
 
@@ -13,17 +13,16 @@ and then `reward_steps` steps of
 
 over demonstrations y_E and samples y_k of the same prompt, q_k the probability the sampler really gave y_k.
 
-Departures from the papers: responses are one action each (no reward per token); the reward reads the last hidden states
-of a frozen model, so that it does not move when the policy does; the reward loss uses the rollouts of the policy steps
-before it (their q_k is recorded, so the weights are exact) and samples afresh only where there are not enough of them.
+Departures from the papers: the reward reads the last hidden states of a frozen model, so that it does not move when the
+policy does; the reward loss uses the rollouts of the policy steps before it (their q_k is recorded, so the weights are
+exact) and samples afresh only where there are not enough of them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,40 +30,23 @@ import torch
 from torch import Tensor, nn
 
 from irlfast.data import TokenizedDemonstration
-from irlfast.losses import RewardBatch, group_advantages, policy_loss
+from irlfast.losses import RewardBatch
 from irlfast.rewards import BaseRewardModel, ReaderConfig, read
-from irlfast.rollout import RolloutEngine, Rollouts, Sequences
+from irlfast.rollout import RolloutEngine, Sequences
 
 from . import state
 from .config import BiLevelConfig
 from .evaluation import SampleMetrics, evaluate_policy
+from .experience import Experience, Scored
 from .log import Progress, RunLog
+from .lora import SharedReference, add_lora, is_lora
+from .metrics import prefixed_means
 from .optim import Optimizer
+from .policy_update import PolicyUpdate
 from .scoring import response_scores, sequence_sum
-from .seeds import EndlessDraws, derive_seed, permutation
+from .seeds import EndlessDraws, derive_seed
 
 FeatureFunction = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scored:
-    """What the frozen models say of sequences: the reward's positional inputs (irlfast.rewards), log b(y|x) [B]."""
-
-    inputs: tuple[Tensor, ...]
-    log_base: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Experience:
-    """Demonstrations and the policy's own answers to the same prompts; equal prompts are one group.
-
-    expert_logprobs [E]: log pi(y|x) of the demonstrations under the policy that sampled, where the objective asks.
-    """
-
-    experts: Sequences
-    samples: Rollouts
-    scored: Scored
-    expert_logprobs: Tensor | None = None
 
 
 class BiLevelTrainer:
@@ -110,6 +92,10 @@ class BiLevelTrainer:
         if not heldout:
             raise ValueError("no held-out demonstrations: keep at least one row apart, or nothing can be evaluated")
         reads_states = features is None and reward.reads == "hidden_states"
+        if config.policy.lora.rank:
+            policy = add_lora(policy, config.policy.lora)
+        if reference is None and is_lora(policy):
+            reference = SharedReference(policy)
         if reference is None and (config.regularizer == "kl" or reads_states):
             need = "regularizer='kl'" if config.regularizer == "kl" else "features=None"
             raise ValueError(f"{need} needs a reference model: pass reference=, a frozen copy of the initial policy")
@@ -133,9 +119,9 @@ class BiLevelTrainer:
         self.data_digest = _digest([*demonstrations, *self.heldout])
         self.rollout_count = 0
         self.iteration = 0
-        policy_updates = config.iterations * config.policy_steps * config.policy.epochs * config.policy.minibatches
         reward_updates = config.reward_warmup_steps + config.iterations * config.reward_steps
-        self.policy_optimizer = Optimizer(policy, config.policy.optimizer, policy_updates)
+        self.policy_update = PolicyUpdate(self.policy, config)
+        self.policy_optimizer = self.policy_update.optimizer
         self.reward_optimizer = Optimizer(reward, config.reward.optimizer, reward_updates)
         self._resumed = False
 
@@ -187,12 +173,12 @@ class BiLevelTrainer:
         for step in range(self.config.reward_steps):
             gathered = experience[step] if step < len(experience) else self._gather()
             reward_rows.append(self.reward_step(gathered))
-        return {**_means("policy", policy_rows), **_means("reward", reward_rows)}
+        return {**prefixed_means("policy", policy_rows), **prefixed_means("reward", reward_rows)}
 
     def _warm_up(self, log: RunLog | None) -> None:
         rows = [self.reward_step(self._gather()) for _ in range(self.config.reward_warmup_steps)]
         if rows and log is not None:
-            log.write("warmup", 0, _means("reward", rows[-10:]))
+            log.write("warmup", 0, prefixed_means("reward", rows[-10:]))
 
     # Steps
 
@@ -220,70 +206,30 @@ class BiLevelTrainer:
         )
 
     def policy_step(self, experience: Experience) -> dict[str, float]:
-        """One policy step on fresh rollouts: `epochs` x `minibatches` optimiser steps."""
-        config, samples = self.config, experience.samples
-        if config.policy.kind == "ppo":
-            # Decoding rounds differently from a pass over whole rows; against this pass the ratio starts at exactly 1.
-            samples = replace(samples, model_logprobs=self._policy_logprobs(samples))
-        log_q = sequence_sum(samples.sampler_logprobs, samples)
-        log_ratio = sequence_sum(samples.model_logprobs, samples) - experience.scored.log_base
-        # Serving rescales the reward by 1 / scale; beta is rescaled with it, so that the optimum stays where it is.
+        """One policy step on fresh rollouts: `epochs` x `minibatches` optimiser steps.
+
+        The rewards are those of the reward model as it is now, whenever the rollouts were made.
+        """
+        samples = experience.samples
         served = self.reward.serve(*experience.scored.inputs, update=True)
-        beta = config.beta / self.reward.normalizer.scale
-        returns = served - beta * log_ratio
-        advantages = group_advantages(returns, samples.groups, kind=config.policy.advantage)
-        rows: list[dict[str, float]] = []
-        for epoch in range(config.policy.epochs):
-            order = list(range(len(samples)))
-            if config.policy.minibatches > 1:
-                counter = self.rollout_count * config.policy.epochs + epoch
-                order = permutation(len(samples), config.seed, "minibatches", counter)
-            parts = _deal(order, config.policy.minibatches)
-            rows.extend(self._policy_update(samples.select(part), advantages[part]) for part in parts)
+        # Serving rescales the reward by 1 / scale; beta is rescaled with it, so that the optimum stays where it is.
+        scale = self.reward.normalizer.scale
+        if self.config.policy.dense_rewards:
+            served = self._token_rewards(experience)
+        metrics = self.policy_update.step(
+            samples, served, experience.scored, beta=self.config.beta / scale, counter=self.rollout_count
+        )
         self.engine.update_weights(None, self.policy_optimizer.step_count)
-        metrics = _mean_rows(rows)
-        metrics["return"] = float(returns.mean())
-        metrics["reward_served"] = float(served.mean())
-        metrics["kl" if config.regularizer == "kl" else "log_prob"] = float(log_ratio.mean())
-        metrics["sampler_logprob"] = float(log_q.mean())
-        metrics["length"] = float(samples.response_lengths.float().mean())
         return metrics
 
-    def _policy_update(self, rollouts: Rollouts, advantages: Tensor) -> dict[str, float]:
-        """One optimiser step over the given rows, in micro-batches that add up to the same gradient."""
-        config = self.config.policy
-        self.policy.eval()  # dropout would score another policy than the one that sampled
-        self.policy_optimizer.zero_grad()
-        rows, sizes = [], []
-        for low in range(0, len(rollouts), config.micro_batch_size):
-            part = slice(low, low + config.micro_batch_size)
-            batch = rollouts.select(part).trim()
-            stats = response_scores(self.policy, batch).stats
-            result = policy_loss(
-                stats.logprob,
-                advantages[part],
-                batch.response_mask,
-                kind=config.kind,
-                old_logprobs=batch.model_logprobs if config.kind == "ppo" else None,
-                rollout_logprobs=batch.sampler_logprobs,
-                tis_cap=config.tis_cap,
-                entropy=stats.entropy,
-                clip=config.clip,
-                aggregation="seq_mean_token_sum",
-            )
-            (result.loss * (len(batch) / len(rollouts))).backward()
-            rows.append({"loss": float(result.loss.detach()), **{k: float(v) for k, v in result.metrics.items()}})
-            sizes.append(len(batch))
-        norm, lr = self.policy_optimizer.step()
-        return {**_mean_rows(rows, sizes), "grad_norm": norm, "lr": lr}
-
-    @torch.no_grad()
-    def _policy_logprobs(self, samples: Rollouts) -> Tensor:
-        """Log-probs [B, S] of the samples as the policy update computes them, in its micro-batches."""
-        self.policy.eval()
-        size = self.config.policy.micro_batch_size
-        parts = [samples.select(slice(low, low + size)) for low in range(0, len(samples), size)]
-        return torch.cat([response_scores(self.policy, part).stats.logprob.float() for part in parts])
+    def _token_rewards(self, experience: Experience) -> Tensor:
+        """[B, S], what each token of the samples adds to the reward as it is served."""
+        mask, normalizer = experience.samples.response_mask, self.reward.normalizer
+        given = self.reward.token_rewards(*experience.scored.inputs)
+        terms = given.above(float(normalizer.mean), mask)
+        if given.kind == "mean":
+            terms = terms / mask.sum(1, keepdim=True).clamp(min=1)
+        return terms / normalizer.scale
 
     def reward_step(self, experience: Experience) -> dict[str, float]:
         """One optimiser step of the reward on demonstrations and samples of their prompts."""
@@ -327,7 +273,7 @@ class BiLevelTrainer:
     def _score(self, sequences: Sequences) -> Scored:
         """What the reward reads of sequences, and their base log-prob, in micro-batches."""
         size = self.config.reward.micro_batch_size
-        states, log_base = [], []
+        states, log_base, base_logprobs = [], [], []
         for low in range(0, len(sequences), size):
             part = sequences.select(slice(low, low + size))
             if self._features is not None:
@@ -338,15 +284,22 @@ class BiLevelTrainer:
                 )
                 states.append(reading.hidden_states)
                 log_base.append(sequence_sum(reading.stats.logprob, part))
+                base_logprobs.append(reading.stats.logprob)
                 continue
             if self.reference is not None:
-                log_base.append(sequence_sum(response_scores(self.reference, part).stats.logprob, part))
+                logprob = response_scores(self.reference, part).stats.logprob
+                log_base.append(sequence_sum(logprob, part))
+                base_logprobs.append(logprob)
         if self.reward.reads == "tokens":
             inputs = (sequences.input_ids, sequences.attention_mask, sequences.response_mask)
         else:
             inputs = (torch.cat(states), sequences.response_mask, sequences.attention_mask)
-        base = torch.cat(log_base) if self.config.regularizer == "kl" else torch.zeros(len(sequences))
-        return Scored(inputs=inputs, log_base=base.to(sequences.input_ids.device))
+        if self.config.regularizer == "kl":
+            base, tokens = torch.cat(log_base), torch.cat(base_logprobs)
+        else:
+            base, tokens = torch.zeros(len(sequences)), torch.zeros(sequences.input_ids.shape)
+        device = sequences.input_ids.device
+        return Scored(inputs=inputs, log_base=base.to(device), base_logprobs=tokens.to(device))
 
     # Evaluation, checkpoints
 
@@ -415,37 +368,6 @@ def _stack(first: Tensor, second: Tensor) -> Tensor:
         fill = part.new_zeros(part.shape[0], width - part.shape[1], *part.shape[2:])
         parts.append(torch.cat([part, fill], dim=1))
     return torch.cat(parts)
-
-
-def _deal(order: list[int], parts: int) -> list[list[int]]:
-    """Cut `order` into `parts` runs whose lengths differ by at most one; fewer only where there are fewer items."""
-    bounds = [len(order) * i // parts for i in range(parts + 1)]
-    return [order[low:high] for low, high in pairwise(bounds) if high > low]
-
-
-def _mean_rows(rows: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None) -> dict[str, float]:
-    """Each metric over `rows`: its extreme where its name says _min or _max, else its mean.
-
-    `weights` are the sizes of the batches that the rows speak of, by default all equal.
-    """
-    if not rows:
-        return {}
-    weights = [1] * len(rows) if weights is None else weights
-    total = sum(weights)
-
-    def combine(key: str) -> float:
-        values = [row[key] for row in rows]
-        if key.endswith("_min"):
-            return min(values)
-        if key.endswith("_max"):
-            return max(values)
-        return sum(w * value for w, value in zip(weights, values, strict=True)) / total
-
-    return {key: combine(key) for key in rows[0]}
-
-
-def _means(prefix: str, rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    return {f"{prefix}/{key}": value for key, value in _mean_rows(rows).items()}
 
 
 def _digest(rows: Sequence[TokenizedDemonstration]) -> str:

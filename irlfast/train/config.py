@@ -6,7 +6,10 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from irlfast.losses import Objective, make_objective
+from irlfast.losses.aggregation import Aggregation
 from irlfast.rollout import SamplingParams
+
+from .policy_kinds import RECIPES, Advantage, PolicyUpdateKind
 
 
 def require(condition: bool, name: str, value: object, expected: str) -> None:
@@ -43,37 +46,105 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CriticConfig:
+    """The value function of policy.advantage = gae: what return to expect after each token of a response."""
+
+    reads: Literal["policy", "own"] = "policy"
+    """policy: a value head on the policy's last hidden states, which it does not train. own: a value model of its own,
+    a copy of the start policy without its output layer, trained whole."""
+    hidden_sizes: tuple[int, ...] = (64,)
+    """Widths of the head's hidden layers; none makes it linear."""
+    lam: float = 1.0
+    """GAE's lambda. At 1 the critic is a baseline and cannot bias the policy; below, less variance and its bias."""
+    clip: float | None = 0.2
+    """How far from its old value a value may gain by moving, as in PPO; none for no bound."""
+    whiten: bool = False
+    """Bring each batch's advantages to mean 0 and standard deviation 1."""
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=3e-3))
+    """Optimiser of the critic; it takes a step with each of the policy's."""
+
+    def __post_init__(self) -> None:
+        require(all(size >= 1 for size in self.hidden_sizes), "critic.hidden_sizes", self.hidden_sizes, "widths from 1")
+        require(0 <= self.lam <= 1, "critic.lam", self.lam, "a number in [0, 1]")
+        require(self.clip is None or self.clip > 0, "critic.clip", self.clip, "a range above 0, or None")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA, through peft) in place of training the whole policy."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 trains the whole policy."""
+    alpha: float = 16.0
+    """Adapters are scaled by alpha / rank."""
+    targets: tuple[str, ...] = ()
+    """Names of the linear layers that get one, as in peft's target_modules; none takes every linear layer but the
+    output layer."""
+    dropout: float = 0.0
+    """Dropout before an adapter. The policy is trained in evaluation mode, so that it is the one that sampled."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, "lora.rank", self.rank, "at least 0, which trains the whole policy")
+        require(self.alpha > 0, "lora.alpha", self.alpha, "a number above 0")
+        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a probability in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
     """The policy update of bi-level IRL: maximise E[r] - beta KL(pi || ref), or E[r] + beta H(pi)."""
 
-    kind: Literal["reinforce", "ppo"] = "reinforce"
-    """Policy loss (irlfast.losses.policy_loss)."""
-    advantage: Literal["rloo", "grpo"] = "rloo"
-    """Baseline within the samples of one prompt (irlfast.losses.group_advantages)."""
+    kind: PolicyUpdateKind = "reinforce"
+    """Policy loss and its defaults (irlfast.train.policy_kinds)."""
+    advantage: Advantage | None = None
+    """Baseline within the samples of one prompt (irlfast.losses.group_advantages), or gae, a critic's; none takes the
+    kind's own."""
+    dense_rewards: bool = False
+    """Reward each token with the reward model's token_rewards instead of the response as a whole."""
     epochs: int = 1
-    """Passes over the rollouts of one policy step; more than 1 needs kind=ppo."""
+    """Passes over the rollouts of one policy step; more than 1 needs a kind with a ratio, such as ppo."""
     minibatches: int = 1
-    """Optimiser steps a pass: the rollouts are dealt into this many parts; more than 1 needs kind=ppo."""
-    clip: tuple[float, float] = (0.2, 0.2)
-    """Lower and upper clip range of the PPO ratio."""
+    """Optimiser steps a pass: the rollouts are dealt into this many parts; more than 1 needs a kind with a ratio."""
+    clip: tuple[float, float] | None = None
+    """Lower and upper clip range of the ratio; none takes the kind's own, (0.2, 0.2) for ppo."""
+    aggregation: Aggregation | None = None
+    """How the loss's token terms become one number (irlfast.losses.aggregation); none takes the kind's own."""
     tis_cap: float | None = None
     """Cap of the truncated importance weights that correct for sampling at another temperature, top-p or top-k than the
     policy's own; none by default, which is right at temperature 1 without truncation."""
     micro_batch_size: int = 256
     """Sequences in one forward and backward pass; gradients accumulate over them to the same step."""
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    """Value function, used with advantage = gae."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters in place of training the whole policy."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimiser of the policy."""
 
     def __post_init__(self) -> None:
+        require(self.kind in RECIPES, "policy.kind", self.kind, f"one of {tuple(RECIPES)}")
         require(self.epochs >= 1, "policy.epochs", self.epochs, "at least 1")
         require(self.minibatches >= 1, "policy.minibatches", self.minibatches, "at least 1")
         require(self.micro_batch_size >= 1, "policy.micro_batch_size", self.micro_batch_size, "at least 1")
         require(self.tis_cap is None or self.tis_cap > 0, "policy.tis_cap", self.tis_cap, "a cap above 0, or None")
-        if self.kind == "reinforce" and self.epochs * self.minibatches > 1:
+        if not RECIPES[self.kind].ratio and self.epochs * self.minibatches > 1:
             raise ValueError(
-                f"policy.epochs = {self.epochs}, policy.minibatches = {self.minibatches}: reinforce takes one step on "
-                "each batch of rollouts; use policy.kind = 'ppo' to take more"
+                f"policy.epochs = {self.epochs}, policy.minibatches = {self.minibatches}: {self.kind} takes one step "
+                "on each batch of rollouts; use policy.kind = 'ppo' to take more"
             )
+        if self.dense_rewards and self.advantage_kind == "grpo":
+            raise ValueError(
+                "policy.dense_rewards with advantage grpo: one token's rewards are no group to divide by the standard "
+                "deviation of; use policy.advantage = 'rloo', 'dr_grpo' or 'gae'"
+            )
+        if self.critic.reads == "own" and self.lora.rank:
+            raise ValueError(
+                "policy.critic.reads = 'own' copies the policy that policy.lora keeps one of: use reads = 'policy'"
+            )
+
+    @property
+    def advantage_kind(self) -> Advantage:
+        """`advantage`, or the kind's own."""
+        return self.advantage or RECIPES[self.kind].advantage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +199,23 @@ _SHARED_OPTIONS = ("weight_clip", "weight_temper", "centre", "label_smoothing")
 
 
 @dataclass(frozen=True, kw_only=True)
+class EarlyStopConfig:
+    """Stop where the reward no longer tells held-out demonstrations from the policy's samples: AUC near .5."""
+
+    patience: int = 0
+    """Evaluations in a row with |AUC - .5| <= band after which training stops; 0 never stops early."""
+    band: float = 0.02
+    """How near to .5 counts. With n held-out prompts the AUC's own standard error is about .4 / sqrt(n)."""
+    after: int = 1
+    """First iteration whose evaluation counts: a reward that has not learned yet has AUC .5 too."""
+
+    def __post_init__(self) -> None:
+        require(self.patience >= 0, "early_stop.patience", self.patience, "a count of at least 0")
+        require(0 < self.band < 0.5, "early_stop.band", self.band, "a distance from .5 in (0, .5)")
+        require(self.after >= 1, "early_stop.after", self.after, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class BiLevelConfig:
     """One bi-level run: in each iteration `policy_steps` policy steps, then `reward_steps` reward steps."""
 
@@ -149,6 +237,8 @@ class BiLevelConfig:
     """Iterations between evaluations on the held-out prompts; the first and last are always evaluated."""
     eval_prompts: int = 64
     """Held-out prompts of an evaluation."""
+    early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
+    """When to stop before the last iteration."""
     checkpoint_every: int = 10
     """Iterations between checkpoints; the last is always written."""
     keep_checkpoints: int = 2

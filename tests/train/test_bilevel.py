@@ -15,9 +15,10 @@ from torch import Tensor
 
 from irlfast.data import TokenizedDemonstration
 from irlfast.eval import toy
-from irlfast.rollout import SamplingParams, TransformersEngine
+from irlfast.rollout import Rollouts, SamplingParams, TransformersEngine
 from irlfast.train import BiLevelConfig, BiLevelTrainer, OptimizerConfig, PolicyConfig, RewardConfig
 from irlfast.train.bilevel import Experience
+from irlfast.train.policy_update import Targets
 
 Make = Callable[..., BiLevelTrainer]
 
@@ -432,14 +433,14 @@ def test_ppo_takes_epochs_times_minibatches_steps_over_all_rows(
     trainer = make_trainer(replace(small_config, policy=policy))
     seen: list[list[list[int]]] = []
     given: list[tuple[list[int], float]] = []
-    update = trainer._policy_update
+    update = trainer.policy_update._update
 
-    def noted(rollouts: Any, advantages: Tensor) -> dict[str, float]:
-        seen.append(rollouts.input_ids.tolist())
-        given.extend(zip(rollouts.input_ids.tolist(), advantages.tolist(), strict=True))
-        return update(rollouts, advantages)
+    def noted(samples: Rollouts, targets: Targets, part: list[int]) -> dict[str, float]:
+        seen.append(samples.input_ids[part].tolist())
+        given.extend(zip(seen[-1], targets.advantages[part].tolist(), strict=True))
+        return update(samples, targets, part)
 
-    trainer._policy_update = noted  # type: ignore[method-assign]
+    trainer.policy_update._update = noted  # type: ignore[method-assign]
     gathered = trainer._gather()
     metrics = trainer.policy_step(gathered)
     assert trainer.policy_optimizer.step_count == len(seen) == epochs * minibatches
