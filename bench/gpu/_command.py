@@ -23,6 +23,7 @@ from bench._report import print_rows, print_summary
 from bench._run import ROOT, comma_separated
 from bench.gpu._cases import CASES, GpuCase
 from bench.gpu._model import model_table
+from irlfast.ops._linear_plan import Sizes, plan_backward, plan_forward
 
 NO_GPU = "bench gpu: torch sees no GPU here, so nothing was measured and nothing written"
 # Of one case, inputs and compilers included; what takes longer hangs.
@@ -50,6 +51,8 @@ def parser() -> argparse.ArgumentParser:
         help="leave out eager, compile or peer contenders",
     )  # fmt: skip
     result.add_argument("--scale", type=float, default=1.0, help="multiplies the rows, for a smaller GPU")
+    result.add_argument("--plan", metavar="ROWSxDEPTHxVOCAB", help="print what linear_token_stats allocates for a head "
+                        "in bfloat16 that is trained; needs no GPU")  # fmt: skip
     result.add_argument("--predict", action="store_true", help="print the cost model's table instead; needs no GPU")
     return result
 
@@ -62,6 +65,12 @@ def main(argv: list[str]) -> int:
             options.error(f"--{name.replace('_', '-')} is {getattr(arguments, name):g}; expected a positive number")
     if arguments.predict:
         print(model_table([]))
+        return 0
+    if arguments.plan:
+        sizes = arguments.plan.split("x")
+        if len(sizes) != 3 or not all(size.isdecimal() for size in sizes):
+            options.error(f"--plan is {arguments.plan!r}; expected three numbers, as in 32768x4096x151936")
+        print(plan_of(*map(int, sizes)))
         return 0
     if not torch.cuda.is_available():
         print(NO_GPU)
@@ -81,6 +90,14 @@ def main(argv: list[str]) -> int:
     if arguments.plot is not None:
         _draw(session.results(), arguments.plot)
     return 1 if session.failed else 0
+
+
+def plan_of(rows: int, depth: int, vocab: int) -> str:
+    """Forward and backward, logits made again."""
+    half = torch.bfloat16
+    sizes = Sizes(rows=rows, depth=depth, vocab=vocab, dtype=half, factors=half, gpu=True)
+    backward = plan_backward(sizes, "recompute", (True, True, False), masked=True)
+    return f"forward: {plan_forward(sizes, 'recompute').describe()}\nbackward: {backward.describe()}"
 
 
 def gpu_provenance() -> dict[str, Any]:

@@ -1,34 +1,20 @@
 """The chunk loops of the linear ops: products over chunks of the vocabulary, and what is done with each chunk's logits.
 
 Written once for every device. A device gives an `Epilogue`, which works on the logits of some columns while they are in
-its cache; the products are `_product.product`. Whoever calls has left ignored rows out, unless the epilogue knows them.
+its cache; the products are `_product.product`; sizes and memory are those of a `_linear_plan.Plan`. Whoever calls has
+left ignored rows out, unless the epilogue knows them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from irlfast import _native
-from irlfast.ops._dispatch import statistics_dtype
-from irlfast.ops._product import operand_dtype, product
-
-# Chunks begin at multiples of this many columns. An epilogue sums over whole pieces, whatever the chunks.
-PIECE = _native.CHUNK_PIECE
-
-# Columns worked on at a time: fewer make the products slower, more fall out of the caches.
-CHUNK = 2048
-# Logits worked on at a time: enough rows and columns for the products to run at full speed, and no more memory.
-SCRATCH_BYTES = 16 << 20
-
-# The same on a GPU. What a block of rows and columns adds to an element of a gradient costs 16 bytes read and written,
-# a sixth of the time of a product over 8192 at 700 TFLOP/s and 4 TB/s. Predicted, unmeasured.
-GPU_CHUNK = 8192
-GPU_SCRATCH_BYTES = 256 << 20
+from irlfast.ops._linear_plan import Plan
+from irlfast.ops._product import product
 
 
 class Rows(NamedTuple):
@@ -121,39 +107,20 @@ class Epilogue(Differentiates, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """The output head: weight [V, D], bias [V] or None, and the columns worked on at a time."""
+    """The output head: weight [V, D], bias [V] or None."""
 
     weight: Tensor
     bias: Tensor | None
-    chunk: int
-
-    def chunks(self) -> Iterator[tuple[int, int]]:
-        """(first column, end)."""
-        vocab = self.weight.shape[0]
-        for begin in range(0, vocab, self.chunk):
-            yield begin, min(begin + self.chunk, vocab)
 
     @property
-    def width(self) -> int:
-        return min(self.chunk, self.weight.shape[0])
+    def vocab(self) -> int:
+        return self.weight.shape[0]
 
-    def block(self, dtype: torch.dtype) -> int:
-        """Rows worked on at a time."""
-        scratch = GPU_SCRATCH_BYTES if self.weight.is_cuda else SCRATCH_BYTES
-        return max(1, scratch // (self.width * dtype.itemsize))
-
-    def logits(self, hidden: Tensor, begin: int, end: int, out: Tensor) -> None:
+    def logits(self, hidden: Tensor, begin: int, end: int, out: Tensor, sums: Tensor | None = None) -> None:
         """out [N, end - begin] = the logits of columns [begin, end)."""
         if self.bias is not None:
             out.copy_(self.bias[begin:end].expand_as(out))
-        product(hidden, self.weight[begin:end].t(), out, accumulate=self.bias is not None)
-
-
-def columns_at_once(chunk: int | None, tensor: Tensor) -> int:
-    """The columns asked for, or those that suit the tensor's device, in whole pieces."""
-    if chunk is None:
-        chunk = GPU_CHUNK if tensor.is_cuda else CHUNK
-    return -(-chunk // PIECE) * PIECE
+        product(hidden, self.weight[begin:end].t(), out, accumulate=self.bias is not None, sums=sums)
 
 
 def matrix(memory: Tensor, rows: int, columns: int) -> Tensor:
@@ -161,16 +128,12 @@ def matrix(memory: Tensor, rows: int, columns: int) -> Tensor:
     return memory[: rows * columns].view(rows, columns)
 
 
-def blocks(count: int, block: int) -> Iterator[slice]:
-    for begin in range(0, count, block):
-        yield slice(begin, min(begin + block, count))
-
-
 def sweep(
     hidden: Tensor,  # (N, D)
     head: Head,
     rows: Rows,
     epilogue: Epilogue,
+    plan: Plan,
     *,
     weighted: bool,
     kept: Tensor | None = None,  # (>= N * V)
@@ -183,36 +146,32 @@ def sweep(
     maximum rises.
     """
     count = hidden.shape[0]
-    dtype = statistics_dtype(hidden.dtype)
-    block = head.block(dtype)
-    running = hidden.new_zeros((4, count), dtype=torch.float64)
-    running[0] = -torch.inf
-    size = min(block, count) * head.width
-    scratch = hidden.new_empty(size if kept is None else 0, dtype=dtype)
-    narrow = operand_dtype(hidden)
-    factors = scratch if narrow == dtype else hidden.new_empty(0 if expected is None else size, dtype=narrow)
-    if expected is not None:
-        expected.zero_()
-    for begin, end in head.chunks():
-        for which in blocks(count, block):
+    running = plan.new("running", hidden)
+    scratch, factors, sums = (plan.new(name, hidden) for name in ("logits", "factors", "sums"))
+    assert running is not None
+    running.zero_()[0].fill_(-torch.inf)
+    for begin, end in plan.chunks(head.vocab):
+        for which in plan.blocks(count):
             part, x = rows.take(which), hidden[which]
-            if kept is None:
-                logits = matrix(scratch, len(x), end - begin)
-            else:
+            if kept is not None:
                 logits = matrix(kept[count * begin :], count, end - begin)[which]
-            head.logits(x, begin, end, logits)
+            else:
+                assert scratch is not None
+                logits = matrix(scratch, len(x), end - begin)
+            head.logits(x, begin, end, logits, sums)
             state = running[:, which]
             before = state[0].clone()
             epilogue.merge(logits, begin, part, state, weighted=weighted)
             if expected is None:
                 continue
-            rise = torch.where(state[0] > before, ((before - state[0]) * part.inverse_temperature()).exp(), 1.0)
-            expected[which] *= rise.to(dtype)[:, None]
-            out = matrix(factors, len(x), end - begin)
+            out = logits if factors is None else matrix(factors, len(x), end - begin)
             epilogue.exponentials(logits, begin, part, state[0], out)
-            product(out, head.weight[begin:end], expected[which], accumulate=True)
+            if begin:
+                rise = torch.where(state[0] > before, ((before - state[0]) * part.inverse_temperature()).exp(), 1.0)
+                expected[which] *= rise.to(expected.dtype)[:, None]
+            product(out, head.weight[begin:end], expected[which], accumulate=begin > 0, sums=sums)
     if expected is not None:
-        expected /= (1 + running[1]).to(dtype)[:, None]
+        expected /= (1 + running[1]).to(expected.dtype)[:, None]
     return running
 
 
@@ -251,6 +210,7 @@ def pull(
     head: Head,
     rows: Rows,
     epilogue: Differentiates,
+    plan: Plan,
     state: Tensor,  # (4, N)
     upstream: Upstream,
     gradients: Gradients,
@@ -265,42 +225,35 @@ def pull(
     row_numbers: where among the M rows of `kept` the N are. add: to what the weight's and bias's gradients hold.
     """
     count = hidden.shape[0]
-    dtype = statistics_dtype(hidden.dtype)
-    block = head.block(dtype)
-    narrow = operand_dtype(hidden)
-    size = min(block, count) * head.width
-    scratch = hidden.new_empty(size if kept is None else 0, dtype=dtype)
     # Kept logits are not written over: backward may run again, and a block that stays in cache is quicker to write.
-    factors = scratch if kept is None and narrow == dtype else hidden.new_empty(size, dtype=narrow)
-    if gradients.hidden is not None:
-        gradients.hidden.zero_()
+    scratch, factors, sums = (plan.new(name, hidden) for name in ("logits", "factors", "sums"))
     # Sums over several blocks are not rounded in between.
-    several = count > block and gradients.weight is not None and gradients.weight.dtype != dtype
-    for begin, end in head.chunks():
-        weight_gradient = None if gradients.weight is None else gradients.weight[begin:end]
-        if weight_gradient is not None and several:
-            weight_gradient = (
-                weight_gradient.to(dtype) if add else weight_gradient.new_empty(weight_gradient.shape, dtype=dtype)
-            )
-        for which in blocks(count, block):
+    chunk_of_weight = plan.new("weight gradient", hidden)
+    for begin, end in plan.chunks(head.vocab):
+        of_weight = None if gradients.weight is None else gradients.weight[begin:end]
+        if of_weight is not None and chunk_of_weight is not None:
+            of_weight = chunk_of_weight[: end - begin]
+        for which in plan.blocks(count):
             part, x = rows.take(which), hidden[which]
             numbers = None if row_numbers is None else row_numbers[which]
-            if kept is None:
-                logits = matrix(scratch, len(x), end - begin)
-                head.logits(x, begin, end, logits)
-            else:
+            if kept is not None:
                 logits = matrix(kept[kept_rows * begin :], kept_rows, end - begin)
                 if numbers is None:
                     logits = logits[which]
-            out = matrix(factors, len(x), end - begin)
+            else:
+                assert scratch is not None
+                logits = matrix(scratch, len(x), end - begin)
+                head.logits(x, begin, end, logits, sums)
+            out = logits if factors is None else matrix(factors, len(x), end - begin)
             epilogue.differentiate(logits, begin, part, state[:, which], upstream.take(which), out, row_numbers=numbers)
             onto = add or which.start > 0
             if gradients.hidden is not None:
-                product(out, head.weight[begin:end], gradients.hidden[which], accumulate=True)
-            if weight_gradient is not None:
-                product(out.t(), x, weight_gradient, accumulate=onto)
+                product(out, head.weight[begin:end], gradients.hidden[which], accumulate=begin > 0, sums=sums)
+            if of_weight is not None:
+                product(out.t(), x, of_weight, accumulate=onto, sums=sums)
             if gradients.bias is not None:
-                column_sums = out.sum(dim=0, dtype=dtype)
-                gradients.bias[begin:end] = gradients.bias[begin:end] + column_sums if onto else column_sums
-        if gradients.weight is not None and weight_gradient is not None and several:
-            gradients.weight[begin:end] = weight_gradient
+                column_sums = out.sum(dim=0, dtype=gradients.bias.dtype)
+                of_bias = gradients.bias[begin:end]
+                of_bias.add_(column_sums) if onto else of_bias.copy_(column_sums)
+        if chunk_of_weight is not None and gradients.weight is not None and of_weight is not None:
+            gradients.weight[begin:end].copy_(of_weight)

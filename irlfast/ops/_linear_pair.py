@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from irlfast.ops._dispatch import statistics_dtype
-from irlfast.ops._linear import Epilogue, Gradients, Head, Rows, Upstream, blocks, finish, matrix, pull
-from irlfast.ops._linear_modes import idle_rows, labelled_rows, spread
+from irlfast.ops._linear import Epilogue, Gradients, Head, Rows, Upstream, finish, matrix, pull
+from irlfast.ops._linear_modes import HiddenGradient, among, compact, idle_rows, labelled_rows, spread
+from irlfast.ops._linear_plan import Sizes, plan_backward, plan_forward
 
 # Rows of `running` [9, N] float64: the first four are those of `_linear.sweep`, for the policy; then the reference's
 # maximum, others and label's logit, and the sums of csrc/include/irlfast/online_divergence.h.
@@ -58,11 +59,8 @@ class Models(NamedTuple):
     ref_weight: Tensor
     ref_bias: Tensor | None
 
-    def heads(self, chunk: int) -> tuple[Head, Head]:
-        return (
-            Head(weight=self.weight, bias=self.bias, chunk=chunk),
-            Head(weight=self.ref_weight, bias=self.ref_bias, chunk=chunk),
-        )
+    def heads(self) -> tuple[Head, Head]:
+        return Head(weight=self.weight, bias=self.bias), Head(weight=self.ref_weight, bias=self.ref_bias)
 
 
 class _PolicyGradient:
@@ -94,24 +92,29 @@ class _PolicyGradient:
 def forward_pair(
     epilogue: PairEpilogue, hidden: Tensor, models: Models, rows: Rows, ignore_index: int, chunk: int
 ) -> Outputs:
-    head, ref_head = models.heads(chunk)
+    head, ref_head = models.heads()
     count = hidden.shape[0]
     dtype = statistics_dtype(hidden.dtype)
     labelled = labelled_rows(rows.labels, ignore_index) if epilogue.compacts else None
-    if labelled is not None:
-        hidden, rows = hidden[labelled], rows.take(labelled)
-    assert rows.ref_hidden is not None
-    block = head.block(dtype)
-    running = hidden.new_zeros((RUNNING, len(hidden)), dtype=torch.float64)
-    running[0] = running[_REF_MAXIMUM] = -torch.inf
-    scratch, ref_scratch = (hidden.new_empty(min(block, len(hidden)) * head.width, dtype=dtype) for _ in range(2))
-    for begin, end in head.chunks():
-        for which in blocks(len(hidden), block):
+    plan = plan_forward(Sizes.of(hidden, head.vocab, among(labelled, count)), "recompute", chunk, models=2, of=count)
+    hidden = compact(plan, "compacted hidden", hidden, labelled)
+    rows = rows if labelled is None else rows.take(labelled)
+    running, scratch, ref_scratch, sums = (
+        plan.new(name, hidden) for name in ("running", "logits", "reference logits", "sums")
+    )
+    assert running is not None
+    assert scratch is not None
+    assert ref_scratch is not None
+    running.zero_()
+    for maximum in (running[0], running[_REF_MAXIMUM]):
+        maximum.fill_(-torch.inf)
+    for begin, end in plan.chunks(head.vocab):
+        for which in plan.blocks(len(hidden)):
             part, x = rows.take(which), hidden[which]
             assert part.ref_hidden is not None
             logits, ref_logits = (matrix(memory, len(x), end - begin) for memory in (scratch, ref_scratch))
-            head.logits(x, begin, end, logits)
-            ref_head.logits(part.ref_hidden, begin, end, ref_logits)
+            head.logits(x, begin, end, logits, sums)
+            ref_head.logits(part.ref_hidden, begin, end, ref_logits, sums)
             epilogue.merge(logits, ref_logits, begin, part, running[:, which])
     statistics = finish(running[:4], rows, dtype)[:3]
     divergences = (t.to(dtype) for t in _finish_pair(running, rows))
@@ -151,39 +154,46 @@ def backward_pair(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; [0] for those not needed."""
-    head, ref_head = models.heads(chunk)
+    head, ref_head = models.heads()
     dtype = statistics_dtype(hidden.dtype)
     places = labelled_rows(rows.labels, ignore_index) if epilogue.compacts else None
-    x = hidden
     if places is not None:
-        x, rows, running, upstream = x[places], rows.take(places), running[:, places], upstream.take(places)
+        rows, running, upstream = rows.take(places), running[:, places], upstream.take(places)
     active = upstream.nonzero_rows() if epilogue.compacts else None
     idle = None if epilogue.compacts else idle_rows(rows.labels, ignore_index, upstream)
-    if idle is not None:
-        x = hidden.masked_fill(idle, 0.0)
     if active is not None:
-        x, rows, running, upstream = x[active], rows.take(active), running[:, active], upstream.take(active)
+        rows, running, upstream = rows.take(active), running[:, active], upstream.take(active)
         places = active if places is None else places[active]
-    weight = models.weight
-    gradients = Gradients(
-        hidden.new_empty(x.shape, dtype=dtype) if needs[0] else None,
-        weight.new_empty(weight.shape) if needs[1] else None,
-        weight.new_empty(weight.shape[:1], dtype=dtype) if needs[2] else None,
+    alone = upstream.reverse_kl is None and upstream.forward_kl is None
+    count, masked = len(hidden), idle is not None and needs[1]
+    plan = plan_backward(
+        Sizes.of(hidden, head.vocab, among(places, count)),
+        "recompute",
+        (needs[0], needs[1], needs[2]),
+        chunk,
+        models=1 if alone else 2,
+        of=count,
+        masked=masked,
     )
+    frame = HiddenGradient(plan, hidden, places, idle, needed=needs[0])
+    x = frame.masked(hidden) if masked else compact(plan, "compacted hidden", hidden, places)
+    weight = models.weight
+    of_weight = weight.new_empty(weight.shape) if needs[1] else None
+    of_bias = weight.new_empty(weight.shape[:1], dtype=dtype) if needs[2] else None
+    gradients = Gradients(frame.sums, of_weight, of_bias)
     if len(x) == 0:
         for gradient in gradients:
             if gradient is not None:
                 gradient.zero_()
-    elif upstream.reverse_kl is None and upstream.forward_kl is None:
-        # The policy alone: nothing of the reference is in the gradient.
-        pull(x, head, rows, epilogue.alone, finish(running[:4], rows, dtype).state, upstream, gradients)
+    elif alone:  # nothing of the reference is in the gradient
+        pull(x, head, rows, epilogue.alone, plan, finish(running[:4], rows, dtype).state, upstream, gradients)
     else:
-        scratch = x.new_empty(min(head.block(dtype), len(x)) * head.width, dtype=dtype)
+        scratch = plan.new("reference logits", x)
+        assert scratch is not None
         of_pair = _PolicyGradient(epilogue, ref_head, scratch)
-        pull(x, head, rows, of_pair, running, upstream, gradients)
-    results = [hidden.new_empty(0) if gradient is None else gradient.to(hidden.dtype) for gradient in gradients]
-    if gradients.hidden is not None and places is not None:
-        results[0] = hidden.new_zeros(hidden.shape).index_copy_(0, places, results[0])
-    if gradients.hidden is not None and idle is not None:
-        results[0].masked_fill_(idle, 0.0)
-    return results[0], results[1], results[2]
+        pull(x, head, rows, of_pair, plan, running, upstream, gradients)
+    return (
+        frame.result(None),
+        hidden.new_empty(0) if of_weight is None else of_weight,
+        hidden.new_empty(0) if of_bias is None else of_bias.to(weight.dtype),
+    )

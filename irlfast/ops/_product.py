@@ -8,13 +8,16 @@ u = 2^-24 times sum_k |a_k b_k|, to first order; K is the number of terms:
     bfloat16, CPU            the native product where the processor has AVX512_BF16: exact products, at most
                              min(K, 1024) + K / 1024 units, below 8 in practice. An element has the same bits whatever
                              the other rows and columns are, and for any number of threads; subnormal numbers are 0
-    bfloat16, float16, CUDA  torch.mm(out_dtype=torch.float32), where torch has it
+    bfloat16, float16, CUDA  torch.mm(out_dtype=torch.float32), where torch has it; sums are added to by torch.addmm, in
+                             the product itself, where torch lets it
     anything else            torch.mm of float32 copies, a block at a time: exact products, at most K units
 
 A result asked for in bfloat16 or float16 is rounded once, at the end.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,6 +27,7 @@ from irlfast.ops._dispatch import DTYPE_CODES
 
 _NATIVE = _native.bf16_product_available()
 _CUDA_OUT_DTYPE = "dtype_out" in torch.ops.aten.mm.overloads()
+_CUDA_ADDS = "dtype_out" in torch.ops.aten.addmm.overloads()
 _NATIVE_OUT = (torch.float32, torch.bfloat16)
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -38,13 +42,28 @@ def operand_dtype(operand: Tensor) -> torch.dtype:
     return torch.float64 if operand.dtype == torch.float64 else torch.float32
 
 
-def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> Tensor:
+def adds_in_place(operand: Tensor) -> bool:
+    """Whether product(accumulate=True) of two such operands to their wide sums takes no memory of its own."""
+    if operand.device.type != "cuda" or not _multiplies_narrow(operand):
+        return True
+    if torch._C._len_torch_dispatch_stack():  # nothing runs: somebody traces, or plans
+        return _CUDA_ADDS
+    return _cuda_adds(operand.device.index, operand.dtype)
+
+
+def rounds_at_the_end(operand: Tensor) -> bool:
+    """Whether product() of two such operands writes 16 bits, rounded once, without float32 sums in memory."""
+    return operand.device.type == "cpu" and _multiplies_narrow(operand)
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False, sums: Tensor | None = None) -> Tensor:
     """out [M, N] = a [M, K] @ b [K, N], or out + that, outside autograd.
 
     Args:
         a, b: of one device, and of one type or float32 and a narrower one. Rows or columns adjacent; anything else is
             copied first.
         out: float32 (float64 for float64 operands), or narrower. Its rows do not overlap, nor does it a or b.
+        sums: memory of at least M N float32, for operands that do not add in place; None allocates it.
 
     Returns:
         out.
@@ -59,15 +78,15 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> T
         )
     narrow = a.dtype == b.dtype and _multiplies_narrow(a)
     if narrow and a.device.type != "cpu":
-        return _cuda(a, b, out, accumulate)
+        return _cuda(a, b, out, accumulate, sums)
     if narrow and out.dtype in _NATIVE_OUT and (out.stride(1) == 1 or out.shape[1] == 1):
         return _bf16_cpu(a, b, out, accumulate)
     wide = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
     if narrow or out.dtype != wide:
-        sums = out.new_empty(out.shape, dtype=wide)
+        wide_out = out.new_empty(out.shape, dtype=wide)
         if accumulate:
-            sums.copy_(out)
-        return out.copy_(product(a, b, sums, accumulate=accumulate))
+            wide_out.copy_(out)
+        return out.copy_(product(a, b, wide_out, accumulate=accumulate))
     if a.dtype == b.dtype == wide:
         return out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
     return _widened(a, b, out, accumulate)
@@ -101,11 +120,28 @@ def _adjacent(matrix: Tensor) -> Tensor:
     return matrix if 1 in matrix.stride() else matrix.contiguous()
 
 
-def _cuda(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> Tensor:
-    if accumulate or out.dtype != torch.float32:
-        sums = torch.mm(a, b, out_dtype=torch.float32)
-        return out.add_(sums) if accumulate else out.copy_(sums)
-    return torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
+def _cuda(a: Tensor, b: Tensor, out: Tensor, accumulate: bool, memory: Tensor | None) -> Tensor:
+    if out.dtype == torch.float32 and not accumulate:
+        return torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
+    if out.dtype == torch.float32 and adds_in_place(a):
+        return torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
+    sums = out.new_empty(out.shape, dtype=torch.float32) if memory is None else memory[: out.numel()].view(out.shape)
+    torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=sums)
+    return out.add_(sums) if accumulate else out.copy_(sums)
+
+
+@cache
+def _cuda_adds(index: int | None, dtype: torch.dtype) -> bool:
+    """Some versions of torch have the overload, and refuse sums in another type than the operands'."""
+    if not _CUDA_ADDS:
+        return False
+    operand = torch.zeros(16, 16, dtype=dtype, device=torch.device("cuda", index or 0))
+    sums = torch.zeros(16, 16, device=operand.device)
+    try:
+        torch.ops.aten.addmm.dtype_out(sums, operand, operand, torch.float32, out=sums)
+    except RuntimeError:  # said before anything is launched
+        return False
+    return True
 
 
 def _widened(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> Tensor:

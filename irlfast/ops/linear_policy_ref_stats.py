@@ -37,12 +37,13 @@ from irlfast.ops._dispatch import (
     select,
     statistics_dtype,
 )
-from irlfast.ops._linear import Rows, Upstream, columns_at_once
+from irlfast.ops._linear import Rows, Upstream
 from irlfast.ops._linear_cpu import check_labels
 from irlfast.ops._linear_inputs import autocast, check_linear, expand_temperature, split_temperature
 from irlfast.ops._linear_pair import RUNNING, Models, Outputs, backward_pair, forward_pair
 from irlfast.ops._linear_pair_cpu import CpuPairEpilogue
 from irlfast.ops._linear_pair_triton import backward_triton, forward_triton
+from irlfast.ops._linear_plan import whole_pieces
 from irlfast.ops._scaling import check_scaling
 from irlfast.ops._token_stats_cpu import check_row_temperature
 from irlfast.ops._triton import triton_unavailable
@@ -271,7 +272,7 @@ def _run_kernels(
         temperature,
         softcap or 0.0,
         ignore_index,
-        columns_at_once(chunk, hidden),
+        0 if chunk is None else whole_pieces(chunk),  # the plan's choice
     )
     return PolicyRefStats(*(t.view(shape) for t in statistics))
 
@@ -333,9 +334,9 @@ def linear_policy_ref_stats(
         softcap: c > 0 replaces each logit l of both by c tanh(l / c) before the temperature.
         ignore_index: rows with this label give 0, no gradient, and (on the CPU) cost no product.
         impl: "auto", "reference", "cpu", "cuda" or "triton". The reference makes the logits whole.
-        chunk: columns of the vocabulary worked on at a time, rounded up to a multiple of 2048; None means 2048, on a
-            GPU 8192. What is summed per row does not depend on it. Up to 16 MiB of logits of each model (on a GPU 256
-            MiB) are worked on at a time.
+        chunk: columns of the vocabulary worked on at a time, rounded up to a multiple of 2048; None leaves them to the
+            plan, as in `linear_token_stats`. What is summed per row does not depend on it. On the CPU up to 16 MiB of
+            logits of each model are worked on at a time.
 
     Returns:
         PolicyRefStats(logprob, entropy, lse, ref_logprob, reverse_kl, forward_kl), each [...], float32 (float64 for

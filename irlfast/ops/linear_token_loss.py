@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from irlfast.ops._dispatch import Implementation, cpu_kernel_unavailable, not_in_this_release, select, statistics_dtype
-from irlfast.ops._linear import Epilogue, Gradients, Head, Rows, Upstream, blocks, columns_at_once, finish, pull, sweep
+from irlfast.ops._linear import Epilogue, Gradients, Head, Rows, Upstream, finish, pull, sweep
 from irlfast.ops._linear_cpu import CpuEpilogue, check_labels
 from irlfast.ops._linear_inputs import autocast, check_linear, expand_temperature, split_temperature
 from irlfast.ops._linear_modes import labelled_rows
+from irlfast.ops._linear_plan import Sizes, plan_backward, plan_forward, whole_pieces
 from irlfast.ops._linear_triton import TritonEpilogue
 from irlfast.ops._scaling import check_scaling
 from irlfast.ops._token_stats_cpu import check_row_temperature
@@ -69,7 +70,7 @@ class _LinearTokenLoss(torch.autograd.Function):
         chunk: int,
         needs: tuple[bool, bool, bool],
     ) -> Tensor:
-        head = Head(weight=weight, bias=bias, chunk=chunk)
+        head = Head(weight=weight, bias=bias)
         dtype = statistics_dtype(hidden.dtype)
         numbers = labelled_rows(rows.labels, ignore_index)
         if numbers is None:
@@ -82,10 +83,11 @@ class _LinearTokenLoss(torch.autograd.Function):
         memory = hidden.new_empty(min(block, len(numbers)) * weight.shape[0], dtype=dtype)
         total = hidden.new_zeros((), dtype=torch.float64)
         added = False
-        for which in blocks(len(numbers), block):
-            part = numbers[which]
+        for begin in range(0, len(numbers), block):
+            part = numbers[begin : begin + block]
             x, part_rows = hidden[part], rows.take(part)
-            running = sweep(x, head, part_rows, epilogue, weighted=True, kept=memory)
+            plan = plan_forward(Sizes.of(x, head.vocab, len(x)), "keep", chunk)
+            running = sweep(x, head, part_rows, epilogue, plan, weighted=True, kept=memory)
             *statistics, state = finish(running, part_rows, dtype)
             value, upstream = _differentiate(loss, TokenStats(*statistics), part)
             total += value
@@ -101,11 +103,13 @@ class _LinearTokenLoss(torch.autograd.Function):
             gradients = Gradients(
                 None if of_hidden is None else hidden.new_empty(x.shape, dtype=dtype), of_weight, of_bias
             )
+            plan = plan_backward(Sizes.of(x, head.vocab, len(x)), "keep", needs, chunk, adds=several)
             pull(
                 x,
                 head,
                 part_rows,
                 epilogue,
+                plan,
                 state,
                 upstream,
                 gradients,
@@ -183,7 +187,7 @@ def _run_in_blocks(
         check_labels(labels, weight.shape[0], ignore_index)
         if row_temperature is not None:
             check_row_temperature(row_temperature)
-    chunk = columns_at_once(chunk, hidden)
+    chunk = 0 if chunk is None else whole_pieces(chunk)
     block = max(1, memory_budget // (weight.shape[0] * statistics_dtype(hidden.dtype).itemsize))
     sources = (hidden, weight, bias)
     needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in sources)

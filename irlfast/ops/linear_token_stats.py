@@ -36,10 +36,10 @@ from irlfast.ops._dispatch import (
     select,
     statistics_dtype,
 )
-from irlfast.ops._linear import columns_at_once
 from irlfast.ops._linear_cpu import CpuEpilogue, check_labels
 from irlfast.ops._linear_inputs import autocast, check_linear, expand_temperature, split_temperature
 from irlfast.ops._linear_modes import Outputs, backward_chunked, forward_chunked
+from irlfast.ops._linear_plan import whole_pieces
 from irlfast.ops._linear_triton import backward_triton, forward_triton
 from irlfast.ops._scaling import check_scaling
 from irlfast.ops._token_stats_cpu import check_row_temperature
@@ -206,7 +206,7 @@ def _run_kernels(
     if kernels is _CPU and not torch.compiler.is_compiling():
         check_labels(labels, weight.shape[0], ignore_index)
     temperature, row_temperature = split_temperature(temperature, shape, hidden.dtype)
-    chunk = columns_at_once(chunk, hidden)
+    chunk = 0 if chunk is None else whole_pieces(chunk)  # the plan's choice
     mode = resolve_mode(mode, hidden, weight, bias, labels.numel(), memory_budget)
     run: Callable[..., Outputs] = torch.ops.irlfast.linear_token_stats
     if kernels is _TRITON and runs_undispatched(hidden) and runs_undispatched(weight):
@@ -302,9 +302,9 @@ def linear_token_stats(
             neither weight nor bias is trained (if the loss has an entropy term, "keep" is as quick), otherwise "keep"
             where the logits fit the budget, otherwise "recompute".
         memory_budget: bytes that kept logits, 4 (float64: 8) for each row and token, may take under "auto".
-        chunk: columns of the vocabulary worked on at a time, rounded up to a multiple of 2048; None means 2048, on a
-            GPU 8192. What is summed per row does not depend on it. Up to 16 MiB of logits (on a GPU 256 MiB) are worked
-            on at a time.
+        chunk: columns of the vocabulary worked on at a time, rounded up to a multiple of 2048; None leaves them to the
+            plan (docs/performance.md): 2048, on a GPU by the sizes, its cache and 256 MiB that buffers may take. What
+            is summed per row does not depend on it. On the CPU up to 16 MiB of logits are worked on at a time.
 
     Returns:
         TokenStats(logprob, entropy, lse), each [...], float32 (float64 for float64 input), differentiable together

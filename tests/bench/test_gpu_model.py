@@ -161,6 +161,16 @@ def test_a_page_has_the_model_and_what_was_measured(tmp_path: Path) -> None:
     assert "0.5000" in table.fill(page, tmp_path)
 
 
+def test_a_page_s_plan_is_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gpu", "--plan", "32768x4096x151936"]) == 0
+    printed = capsys.readouterr().out.rstrip()
+    page = (Path(__file__).parents[2] / "docs" / "performance.md").read_text()
+    assert "\n".join(f"    {line}" for line in printed.splitlines()) in page
+    with pytest.raises(SystemExit):
+        main(["gpu", "--plan", "32768x4096"])
+    assert "--plan is '32768x4096'; expected three numbers" in capsys.readouterr().err
+
+
 def test_predictions_are_printed_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["gpu", "--predict"]) == 0
     assert capsys.readouterr().out == f"{model_table([])}\n"

@@ -227,10 +227,9 @@ def test_no_rows_and_no_labels(device: str, mode: str) -> None:
 
 def test_rows_cross_blocks(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rows at a time, the last block ragged."""
-    from irlfast.ops import _linear
+    from irlfast.ops import _linear_plan
 
-    monkeypatch.setattr(_linear, "SCRATCH_BYTES", 2 * PIECE * 4)
-    monkeypatch.setattr(_linear, "GPU_SCRATCH_BYTES", 2 * PIECE * 4)
+    monkeypatch.setattr(_linear_plan, "_blocks", lambda *sizes: (2, PIECE))
     inputs = problem(device=device)
     upstream = upstream_for(inputs)
     options = {"temperature": torch.linspace(0.5, 1.5, 5, device=device)}

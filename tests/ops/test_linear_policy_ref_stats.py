@@ -13,12 +13,12 @@ from torch import Tensor
 from irlfast import _native
 from irlfast.ops import (
     PolicyRefStats,
+    _linear_plan,
     linear_policy_ref_stats,
     linear_policy_ref_stats_reference,
     linear_token_stats,
     token_kl,
 )
-from irlfast.ops import _linear as linear_module
 from irlfast.ops._linear import Rows, Upstream
 from irlfast.ops._linear_pair_cpu import CpuPairEpilogue
 
@@ -255,7 +255,7 @@ def test_blocks_of_rows_add_up(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
     inputs = Inputs(10, 2500, dtype)
     upstream = upstream_for(10)
     whole = inputs.run(linear_policy_ref_stats, upstream)
-    monkeypatch.setattr(linear_module, "SCRATCH_BYTES", 3 * 2048 * (8 if dtype == torch.float64 else 4))
+    monkeypatch.setattr(_linear_plan, "SCRATCH_BYTES", 3 * 2048 * (8 if dtype == torch.float64 else 4))
     parts = inputs.run(linear_policy_ref_stats, upstream)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-2
     for ours, expected in zip((*parts[0], *parts[1]), (*whole[0], *whole[1]), strict=True):

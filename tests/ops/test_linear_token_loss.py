@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from irlfast.losses import policy_loss
-from irlfast.ops import TokenStats, linear_token_loss, linear_token_stats
-from irlfast.ops import _linear as chunked
+from irlfast.ops import TokenStats, _linear_plan, linear_token_loss, linear_token_stats
 from irlfast.ops._linear_cpu import CpuEpilogue
 from irlfast.ops.linear_token_loss import linear_token_loss_reference
 
@@ -140,7 +139,7 @@ def test_every_boundary_of_chunks(dtype: torch.dtype, vocab: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_blocks_inside_blocks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of 3 rows inside blocks of 7, the last of them ragged."""
-    monkeypatch.setattr(chunked, "SCRATCH_BYTES", 3 * 2048 * 4)
+    monkeypatch.setattr(_linear_plan, "SCRATCH_BYTES", 3 * 2048 * 4)
     inputs, loss = problem(20, dtype=dtype), TokenTerms(20)
     assert_close_to_exact(differentiate(inputs, loss, memory_budget=7 * VOCAB * 4), inputs, loss)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from irlfast import _native
 from irlfast.ops import (
     TokenStats,
+    _linear_plan,
     linear_token_stats,
     linear_token_stats_reference,
     token_stats,
@@ -28,6 +29,7 @@ from irlfast.ops import (
 from irlfast.ops import _linear as chunked
 from irlfast.ops._linear import Epilogue, Head, Rows, Upstream, finish, sweep
 from irlfast.ops._linear_cpu import CpuEpilogue
+from irlfast.ops._linear_plan import Sizes, plan_forward
 from irlfast.ops.linear_token_stats import resolve_mode
 
 ROOT = Path(__file__).parents[2]
@@ -170,7 +172,7 @@ def test_every_boundary_of_chunks(mode: str, dtype: torch.dtype, vocab: int, chu
 @pytest.mark.parametrize("mode", MODES)
 def test_rows_cross_blocks(mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 3 rows: 9 labelled ones are three blocks, 10 have a ragged last one. One ignored, one unused."""
-    monkeypatch.setattr(chunked, "SCRATCH_BYTES", 3 * PIECE * 4)
+    monkeypatch.setattr(_linear_plan, "SCRATCH_BYTES", 3 * PIECE * 4)
     for count in (10, 11, 12):
         inputs = problem(count, 4099, dtype)
         upstream = torch.randn(3, count, generator=torch.Generator().manual_seed(3))
@@ -332,7 +334,7 @@ def test_same_bits_for_any_chunk_block_and_thread_count(
     for count in (1, 2, 3):
         threads(count)
         for scratch in (1, 5 * PIECE * 4, 16 << 20):  # a row at a time, five (with the smallest chunk), all
-            monkeypatch.setattr(chunked, "SCRATCH_BYTES", scratch)
+            monkeypatch.setattr(_linear_plan, "SCRATCH_BYTES", scratch)
             for chunk in (PIECE, 2 * PIECE, 3 * PIECE, 5 * PIECE, 1 << 20):
                 assert_equal_runs(run(chunk), expected, (count, scratch, chunk))
 
@@ -349,6 +351,29 @@ def test_permuting_the_batch_permutes_the_result(seed: int, vocab: int, mode: st
     assert torch.equal(run.gradients["hidden"][order], moved.gradients["hidden"])
     if mode != "frozen":
         assert torch.equal(run.gradients["weight"], moved.gradients["weight"])
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 2**16),
+    vocab=st.integers(1, 9000),
+    chunk=st.integers(1, 12000),
+    rows=st.integers(1, 12),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16] if _native.bf16_product_available() else [torch.float32]),
+    mode=st.sampled_from(MODES),
+)
+def test_any_chunk_has_the_same_bits(
+    seed: int, vocab: int, chunk: int, rows: int, dtype: torch.dtype, mode: str
+) -> None:
+    """Of bfloat16 with any values, whose products are ours. Those of float32 are torch's, in an order of its own: there
+    each has one term. E of a frozen head is rounded anew where a maximum rises, and its gradient with it.
+    """
+    inputs = problem(rows, vocab, dtype, seed=seed) if dtype == torch.bfloat16 else exact_problem(rows, vocab, seed)
+    upstream = torch.randn(3, rows, generator=torch.Generator().manual_seed(seed))
+    one, other = (ours(inputs, upstream, mode, chunk=columns) for columns in (PIECE, chunk))
+    if mode == "frozen":
+        one, other = (run._replace(gradients={}) for run in (one, other))
+    assert_equal_runs(one, other, (vocab, chunk))
 
 
 @settings(deadline=None, max_examples=15)
@@ -986,13 +1011,15 @@ def test_a_broken_epilogue_is_noticed(broken: str, mode: str, complaint: str, mo
 
 def test_the_sweep_is_the_same_whatever_it_keeps() -> None:
     inputs = problem(6, 5003)
-    head = Head(weight=inputs.weight, bias=inputs.bias, chunk=PIECE)
+    head = Head(weight=inputs.weight, bias=inputs.bias)
+    sizes = Sizes.of(inputs.hidden, 5003, 6)
+    plan, kept_plan, expected_plan = (plan_forward(sizes, mode, PIECE) for mode in MODES)
     rows = Rows(inputs.labels.clamp(min=0), None, 1.0, 0.0)
     epilogue: Epilogue = CpuEpilogue()
     kept, expected = torch.empty(6 * 5003), torch.empty(6, 16)
-    plain = sweep(inputs.hidden, head, rows, epilogue, weighted=True)
-    with_kept = sweep(inputs.hidden, head, rows, epilogue, weighted=True, kept=kept)
-    with_expected = sweep(inputs.hidden, head, rows, epilogue, weighted=True, expected=expected)
+    plain = sweep(inputs.hidden, head, rows, epilogue, plan, weighted=True)
+    with_kept = sweep(inputs.hidden, head, rows, epilogue, kept_plan, weighted=True, kept=kept)
+    with_expected = sweep(inputs.hidden, head, rows, epilogue, expected_plan, weighted=True, expected=expected)
     assert torch.equal(plain, with_kept)
     assert torch.equal(plain, with_expected)
     assert inputs.bias is not None
