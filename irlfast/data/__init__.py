@@ -1,16 +1,20 @@
-"""Demonstrations: read, held apart, and tokenised."""
+"""Demonstrations and preferences: read, held apart, and tokenised."""
 
 from .demonstrations import DataError, Demonstration, Message, load_demonstrations
 from .demonstrations import split_demonstrations as split
+from .preferences import Preference, Splits, load_preferences
 from .tokenize import TokenizedDemonstration, TokenizedDemonstrations, tokenize_demonstrations
 
 __all__ = [
     "DataError",
     "Demonstration",
     "Message",
+    "Preference",
+    "Splits",
     "TokenizedDemonstration",
     "TokenizedDemonstrations",
     "load_demonstrations",
+    "load_preferences",
     "split",
     "tokenize_demonstrations",
 ]

@@ -98,7 +98,7 @@ def load_demonstrations(
     form = _Form(prompt_field, response_field, text_field, messages_field)
     path = Path(source)
     if path.is_file() and path.suffix != ".parquet":
-        located: Iterable[tuple[str, Any]] = _json_lines(path)
+        located: Iterable[tuple[str, Any]] = json_lines(path)
     elif path.exists() or not _looks_like_a_path(str(source)):
         located = _dataset_rows(source, split)
     else:
@@ -190,8 +190,8 @@ class _Form:
             messages, response = self._chat(row[self.messages], where)
             return Demonstration(prompt="", response=response, messages=messages, source=where)
         if whole[0] == (self.text,):
-            return Demonstration(prompt="", response=_string(row, self.text, where), is_text=True, source=where)
-        prompt, response = _string(row, self.prompt, where), _string(row, self.response, where)
+            return Demonstration(prompt="", response=required_string(row, self.text, where), is_text=True, source=where)
+        prompt, response = required_string(row, self.prompt, where), required_string(row, self.response, where)
         return Demonstration(prompt=prompt, response=response, source=where)
 
     def _what_is_missing(self, present: set[str]) -> str:
@@ -222,7 +222,10 @@ class _Form:
         return messages, turns[-1]["content"]
 
 
-def _string(row: Mapping[str, Any], field: str | None, where: str) -> str:
+def required_string(row: Mapping[str, Any], field: str | None, where: str) -> str:
+    """The text in a field. DataError: there is no such field, or it holds something else."""
+    if field not in row:
+        raise DataError(f"{where}: field {field!r} is missing; fields found: {sorted(row)}")
     value = row[str(field)]
     if not isinstance(value, str):
         raise DataError(f"{where}: field {field!r} must be a string, got {_shown(value)}")
@@ -238,8 +241,8 @@ def _looks_like_a_path(source: str) -> bool:
     return source.startswith(("/", ".", "~")) or source.endswith(_FILE_SUFFIXES) or source.count("/") > 1
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """("file:line", value) of each line that is not blank."""
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """("file:line", value) of each line of a file of JSON lines, gzipped or not, that is not blank."""
     with path.open("rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"
     number = 0
