@@ -71,7 +71,9 @@ def bootstrap_mean(
             raise ValueError(f"{len(clusters)} clusters for {len(rows)} values")
         names = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
         place = np.array([names[name] for name in clusters])
-        sums, counts = np.bincount(place, weights=rows), np.bincount(place).astype(np.float64)
+        sums, counts = np.zeros(len(names)), np.zeros(len(names))
+        np.add.at(sums, place, rows)
+        np.add.at(counts, place, 1.0)
     picked = np.random.default_rng(seed).integers(len(sums), size=(draws, len(sums)))
     means = sums[picked].sum(1) / counts[picked].sum(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
