@@ -178,7 +178,7 @@ class RewardConfig:
         self.make_objective()
 
     def make_objective(self) -> Objective:
-        """The objective with its options, the shared ones (weight_clip, weight_temper, centre, label_smoothing) among them.
+        """The objective with its options, the shared ones such as weight_clip among them.
 
         Raises:
             ValueError: an unknown objective, or an option that it does not have.
