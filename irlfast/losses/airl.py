@@ -8,6 +8,9 @@ the samples, so at its optimum f = log p_E: the reward up to log Z, which no lon
 subtracting log pi is for; without it the optimum is GAIL's log p_E - log pi. What is kept is f (or the tokens' g): the
 shaping potential h takes up what depends on the dynamics and is thrown away.
 
+The token form compares how often (state, token) is met, so away from equilibrium its logit also takes up
+log (rho_E(s) / rho_pi(s)), how much more often one side meets the state; the sequence form has no such term.
+
 For a model p_E = b exp(f / beta) / Z with a base b and a temperature, the logit is f / beta + log b - log pi.
 """
 
