@@ -63,7 +63,9 @@ def contrastive_loss(
 class ContrastiveObjective(Objective):
     """TextGAIL's contrastive form: `losses.contrastive_loss`. It has no options."""
 
-    replay = True
+    @property
+    def takes_replay(self) -> bool:
+        return True
 
     def loss(self, batch: RewardBatch) -> RewardLoss:
         return contrastive_loss(

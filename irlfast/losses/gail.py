@@ -66,8 +66,6 @@ class GailObjective(Objective):
         label_smoothing: labels are 1 - e and e.
     """
 
-    replay = True
-
     policy_reward_kind: PolicyReward = "softplus"
     label_smoothing: float = 0.0
 
@@ -75,6 +73,10 @@ class GailObjective(Objective):
         kinds = get_args(PolicyReward)
         check_option(self.policy_reward_kind in kinds, "policy_reward_kind", self.policy_reward_kind, f"one of {kinds}")
         check_smoothing(self.label_smoothing)
+
+    @property
+    def takes_replay(self) -> bool:
+        return True
 
     def loss(self, batch: RewardBatch) -> RewardLoss:
         return gail_loss(

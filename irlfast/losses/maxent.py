@@ -32,8 +32,6 @@ class MaxEntropyIRLObjective(Objective):
         fuse_demonstrations: let demonstrations join the samples that estimate Z, under the mixture density.
     """
 
-    replay = True
-
     weight_clip: float | None = None
     weight_temper: float = 1.0
     centre: float = 0.0
@@ -50,6 +48,10 @@ class MaxEntropyIRLObjective(Objective):
     def needs(self) -> frozenset[str]:
         fused = {"expert_logprobs", "expert_log_base"} if self.fuse_demonstrations else set()
         return frozenset({"log_proposal", "log_base", *fused})
+
+    @property
+    def takes_replay(self) -> bool:
+        return not self.fuse_demonstrations  # the mixture density is known for one sampler
 
     def loss(self, batch: RewardBatch) -> RewardLoss:
         log_proposal = batch.require("log_proposal", "maxent")

@@ -119,16 +119,19 @@ class Objective(ABC):
     """Base of the reward objectives. Fields of a subclass, a frozen keyword-only dataclass, are its options.
 
     pairwise: the loss reads rewards only through differences of a demonstration and a sample of its prompt.
-    replay: samples of earlier policies may join the batch, each with its own log_proposal.
     """
 
     pairwise: ClassVar[bool] = False
-    replay: ClassVar[bool] = False
 
     @property
     def needs(self) -> frozenset[str]:
         """Names of the optional RewardBatch fields that `loss` reads."""
         return frozenset()
+
+    @property
+    def takes_replay(self) -> bool:
+        """Whether samples of earlier policies may join the batch, each with its own log_proposal."""
+        return False
 
     @abstractmethod
     def loss(self, batch: RewardBatch) -> RewardLoss:

@@ -45,7 +45,10 @@ class PairwiseObjective(Objective):
     """Base of the objectives on pairs: every demonstration with every sample of its prompt."""
 
     pairwise = True
-    replay = True
+
+    @property
+    def takes_replay(self) -> bool:
+        return True
 
     @abstractmethod
     def pair_loss(self, chosen: Tensor, rejected: Tensor, batch: RewardBatch) -> RewardLoss:

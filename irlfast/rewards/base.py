@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
@@ -115,12 +115,14 @@ class BaseRewardModel(nn.Module, ABC):
         return self.state_dict()
 
     @torch.no_grad()
-    def serve(self, *inputs: Tensor, update: bool = False) -> Tensor:
+    def serve(self, *inputs: Tensor, update: bool = False, shape: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Rewards for the policy: raw rewards, normalised by the running statistics, dropout off, without gradient.
 
         Args:
             inputs: as for `forward`.
             update: first take these rewards into the statistics. A trainer does, a server that only answers does not.
+            shape: what the policy is given in place of the raw rewards, an increasing function of them; its values are
+                normalised by the statistics of the raw ones.
 
         Returns:
             [B], as from `forward`.
@@ -129,7 +131,7 @@ class BaseRewardModel(nn.Module, ABC):
             rewards = self(*inputs)
         if update:
             self.normalizer.update(rewards)
-        return self.normalizer.normalize(rewards)
+        return self.normalizer.normalize(rewards if shape is None else shape(rewards))
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `model.safetensors` and `config.json`; see irlfast.rewards.storage."""

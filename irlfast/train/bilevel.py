@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from irlfast.data import TokenizedDemonstration
-from irlfast.losses import RewardBatch
+from irlfast.losses import Objective
 from irlfast.rewards import BaseRewardModel, ReaderConfig, read
 from irlfast.rollout import RolloutEngine, Sequences
 
@@ -41,8 +41,9 @@ from .experience import Experience, Scored
 from .log import Progress, RunLog
 from .lora import SharedReference, add_lora, is_lora
 from .metrics import prefixed_means
-from .optim import Optimizer
 from .policy_update import PolicyUpdate
+from .replay import Replay
+from .reward_update import Replayed, RewardUpdate
 from .scoring import response_scores, sequence_sum
 from .seeds import EndlessDraws, derive_seed
 
@@ -108,7 +109,6 @@ class BiLevelTrainer:
             _set_source(reward, reference, config)
         self.heldout = list(heldout)[: config.eval_prompts]
         self.config = config
-        self.objective = config.reward.make_objective()
         self.pad_token_id = pad_token_id
         self.out = out
         self.reference = reference.requires_grad_(False).eval() if reference is not None else None
@@ -119,10 +119,13 @@ class BiLevelTrainer:
         self.data_digest = _digest([*demonstrations, *self.heldout])
         self.rollout_count = 0
         self.iteration = 0
-        reward_updates = config.reward_warmup_steps + config.iterations * config.reward_steps
         self.policy_update = PolicyUpdate(self.policy, config)
         self.policy_optimizer = self.policy_update.optimizer
-        self.reward_optimizer = Optimizer(reward, config.reward.optimizer, reward_updates)
+        self.reward_update = RewardUpdate(reward, config)
+        self.reward_optimizer = self.reward_update.optimizer
+        self.objective = self.reward_update.objective
+        _check_dense_rewards(config, self.objective)
+        self.replay = Replay(config.reward.replay, pad_token_id)
         self._resumed = False
 
     @torch.no_grad()
@@ -211,7 +214,7 @@ class BiLevelTrainer:
         The rewards are those of the reward model as it is now, whenever the rollouts were made.
         """
         samples = experience.samples
-        served = self.reward.serve(*experience.scored.inputs, update=True)
+        served = self.reward.serve(*experience.scored.inputs, update=True, shape=self.objective.policy_reward)
         # Serving rescales the reward by 1 / scale; beta is rescaled with it, so that the optimum stays where it is.
         scale = self.reward.normalizer.scale
         if self.config.policy.dense_rewards:
@@ -233,33 +236,11 @@ class BiLevelTrainer:
 
     def reward_step(self, experience: Experience) -> dict[str, float]:
         """One optimiser step of the reward on demonstrations and samples of their prompts."""
-        expert_scored = self._score(experience.experts)
-        self.reward.train()
-        self.reward_optimizer.zero_grad()
-        result = self.objective.loss(self._reward_batch(experience, expert_scored))
-        result.loss.backward()
-        norm, lr = self.reward_optimizer.step()
-        self.objective.after_step(self.reward)
-        self.reward.eval()
-        metrics = {key: float(value) for key, value in result.metrics.items()}
-        return {"loss": float(result.loss.detach()), **metrics, "grad_norm": norm, "lr": lr}
-
-    def _reward_batch(self, experience: Experience, expert_scored: Scored) -> RewardBatch:
-        """Rewards as they are now, with gradient, and what the objective may ask for beside them."""
-        samples, experts, scored = experience.samples, experience.experts, experience.scored
-        return RewardBatch(
-            expert_rewards=self.reward(*expert_scored.inputs),
-            sample_rewards=self.reward(*scored.inputs),
-            expert_groups=experts.groups,
-            sample_groups=samples.groups,
-            log_proposal=sequence_sum(samples.sampler_logprobs, samples),
-            log_base=scored.log_base,
-            expert_log_base=expert_scored.log_base,
-            expert_logprobs=experience.expert_logprobs,
-            sample_logprobs=sequence_sum(samples.model_logprobs, samples),
-            parameters=tuple(self.reward.parameters()),
-            beta=self.config.beta,
-        )
+        kept = self.replay.of(experience.samples)
+        replayed = None if kept is None else Replayed(kept[0], self._score(kept[0]), kept[1])
+        metrics = self.reward_update.step(experience, self._score(experience.experts), replayed)
+        self.replay.add(experience.samples)
+        return metrics
 
     @torch.no_grad()
     def _expert_logprobs(self, experts: Sequences) -> Tensor:
@@ -346,6 +327,17 @@ class BiLevelTrainer:
         state.load(self, self.out / "checkpoints")
         self._resumed = True
         return self.iteration
+
+
+def _check_dense_rewards(config: BiLevelConfig, objective: Objective) -> None:
+    """ValueError where tokens cannot be given their share of what the policy is trained on."""
+    rewards = torch.tensor([-2.0, 0.0, 3.0])
+    if config.policy.dense_rewards and not torch.equal(objective.policy_reward(rewards), rewards):
+        raise ValueError(
+            f"policy.dense_rewards with objective {config.reward.objective!r} and options {config.reward.options}: "
+            "what the policy is given is made of whole responses' rewards; use an objective whose policy reward is the "
+            "learned one (for gail the option policy_reward_kind = 'logit')"
+        )
 
 
 def _set_source(reward: BaseRewardModel, reference: Any, config: BiLevelConfig) -> None:

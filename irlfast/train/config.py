@@ -164,6 +164,12 @@ class RewardConfig:
     """Weight of E[r^2], which keeps the reward's free constant and its size down."""
     label_smoothing: float = 0.0
     """Share of labels taken to be the other way round, of objectives that classify or compare."""
+    gradient_penalty: float = 0.0
+    """Weight of E[(|slope| - 1)^2] between pooled features of demonstrations and samples."""
+    r1: float = 0.0
+    """Weight of half the mean squared slope at pooled features of demonstrations."""
+    replay: int = 0
+    """Samples of earlier policies kept for each prompt, which join the loss under the log-prob of their own sampler."""
     token_statistics: bool = True
     """Let the reward also read each response token's log-prob and entropy under the reference."""
     micro_batch_size: int = 256
@@ -175,6 +181,14 @@ class RewardConfig:
         require(self.weight_temper > 0, "reward.weight_temper", self.weight_temper, "a number above 0")
         require(self.centre >= 0, "reward.centre", self.centre, "a number of at least 0")
         require(self.micro_batch_size >= 1, "reward.micro_batch_size", self.micro_batch_size, "at least 1")
+        for name in ("gradient_penalty", "r1"):
+            require(getattr(self, name) >= 0, f"reward.{name}", getattr(self, name), "a weight of at least 0")
+        require(self.replay >= 0, "reward.replay", self.replay, "a count of at least 0")
+        if self.replay and not self.make_objective().takes_replay:
+            raise ValueError(
+                f"reward.replay = {self.replay}: objective {self.objective!r} with options {self.options} needs "
+                "samples of one policy, the one whose log-probs it reads; set replay to 0"
+            )
         self.make_objective()
 
     def make_objective(self) -> Objective:
@@ -266,6 +280,13 @@ class BiLevelConfig:
         require(self.rollout.n >= 2, "rollout.n", self.rollout.n, "at least 2: the others are the baseline")
         temperature = self.rollout.temperature
         require(temperature > 0, "rollout.temperature", temperature, "above 0: learning needs samples")
+        plain = temperature == 1 and self.rollout.top_p == 1 and self.rollout.top_k == 0
+        if not plain and "expert_logprobs" in self.reward.make_objective().needs:
+            raise ValueError(
+                f"objective {self.reward.objective!r} reads the sampler's density at demonstrations, which is known "
+                f"for rollout.temperature = 1, top_p = 1, top_k = 0; given are {temperature}, {self.rollout.top_p}, "
+                f"{self.rollout.top_k}"
+            )
 
 
 def config_dict(config: Any) -> dict[str, Any]:

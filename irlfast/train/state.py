@@ -2,7 +2,7 @@
 
 policy/model.safetensors, config.json ...    loads with AutoModelForCausalLM.from_pretrained where the policy is one
 reward/model.safetensors, config.json        loads with load_reward_model; the serving normaliser is inside
-optimizers.pt                                both AdamW states and torch's generator state (tensors and numbers only)
+optimizers.pt                                both AdamW states, replayed samples, torch's generator state (weights_only)
 state.json                                   iteration, data position, rollout count, the whole configuration
 """
 
@@ -39,6 +39,7 @@ def save(trainer: BiLevelTrainer, folder: Path, extra: Callable[[Path], None] | 
         tensors = {
             "policy_optimizer": trainer.policy_optimizer.state_dict(),
             "reward_optimizer": trainer.reward_optimizer.state_dict(),
+            "replay": trainer.replay.state_dict(),
             "torch_rng": torch.get_rng_state(),
         }
         torch.save(tensors, path / "optimizers.pt")
@@ -78,6 +79,7 @@ def load(trainer: BiLevelTrainer, folder: Path) -> Path:
     tensors = torch.load(path / "optimizers.pt", weights_only=True)
     trainer.policy_optimizer.load_state_dict(tensors["policy_optimizer"])
     trainer.reward_optimizer.load_state_dict(tensors["reward_optimizer"])
+    trainer.replay.load_state_dict(tensors["replay"])
     torch.set_rng_state(tensors["torch_rng"])
     trainer.iteration = position["iteration"]
     trainer.draws.position = position["draw_position"]

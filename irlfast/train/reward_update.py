@@ -1,0 +1,118 @@
+"""The reward's side of bi-level IRL: one optimiser step on demonstrations and samples of their prompts.
+
+    loss = objective(rewards, log-probs, prompts) + gradient_penalty E[(|grad f| - 1)^2] + r1 E_expert[|grad f|^2] / 2
+
+A reward model with several members takes the mean of their losses, each on its own rewards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from irlfast.losses import RewardBatch, gradient_penalty, r1_penalty
+from irlfast.rewards import BaseRewardModel
+from irlfast.rewards.head import PooledRewardModel
+from irlfast.rollout import Sequences
+
+from .config import BiLevelConfig
+from .experience import Experience, Scored
+from .metrics import mean_rows
+from .optim import Optimizer
+from .scoring import sequence_sum
+
+
+class Replayed(NamedTuple):
+    """Samples of earlier policies: groups as in the experience they join, log_proposal [N] of their own samplers."""
+
+    sequences: Sequences
+    scored: Scored
+    log_proposal: Tensor
+
+
+class RewardUpdate:
+    """Takes reward steps.
+
+    Args:
+        reward: what is trained.
+        config: the run's; `config.reward` is the update's own.
+
+    Raises:
+        ValueError: an option that this reward model cannot serve.
+    """
+
+    def __init__(self, reward: BaseRewardModel, config: BiLevelConfig) -> None:
+        options = config.reward
+        if (options.gradient_penalty or options.r1) and not isinstance(reward, PooledRewardModel):
+            raise ValueError(
+                f"reward.gradient_penalty and reward.r1 need a reward on pooled features, and {type(reward).__name__} "
+                "is none: leave them at 0, or use the reward model 'mlp' or 'backbone'"
+            )
+        self.reward = reward
+        self.config = config
+        self.objective = options.make_objective()
+        total = config.reward_warmup_steps + config.iterations * config.reward_steps
+        self.optimizer = Optimizer(reward, options.optimizer, total)
+
+    def step(self, experience: Experience, expert_scored: Scored, replayed: Replayed | None = None) -> dict[str, float]:
+        """One optimiser step; returns loss, the objective's metrics, the penalties that are on, grad_norm and lr."""
+        self.reward.train()
+        self.optimizer.zero_grad()
+        results = [self.objective.loss(batch) for batch in self._batches(experience, expert_scored, replayed)]
+        loss = torch.stack([result.loss for result in results]).mean() if len(results) > 1 else results[0].loss
+        metrics = mean_rows([{key: float(value) for key, value in result.metrics.items()} for result in results])
+        penalties = self._penalties(expert_scored, experience.scored)
+        for name, (weight, value) in penalties.items():
+            loss = loss + weight * value
+            metrics[name] = float(value.detach())
+        loss.backward()
+        norm, lr = self.optimizer.step()
+        self.objective.after_step(self.reward)
+        self.reward.eval()
+        return {"loss": float(loss.detach()), **metrics, "grad_norm": norm, "lr": lr}
+
+    def _batches(self, experience: Experience, expert_scored: Scored, replayed: Replayed | None) -> list[RewardBatch]:
+        """A batch for each member: rewards as they are now, with gradient, and what the objective may ask for."""
+        samples, experts, scored = experience.samples, experience.experts, experience.scored
+        expert_rewards = self.reward.members(*expert_scored.inputs)
+        sample_rewards = self.reward.members(*scored.inputs)
+        sample_groups, log_base = samples.groups, scored.log_base
+        log_proposal = sequence_sum(samples.sampler_logprobs, samples)
+        sample_logprobs: Tensor | None = sequence_sum(samples.model_logprobs, samples)
+        if replayed is not None:
+            sample_rewards = torch.cat([sample_rewards, self.reward.members(*replayed.scored.inputs)], dim=1)
+            sample_groups = torch.cat([sample_groups, replayed.sequences.groups])
+            log_base = torch.cat([log_base, replayed.scored.log_base])
+            log_proposal = torch.cat([log_proposal, replayed.log_proposal.to(log_proposal)])
+            sample_logprobs = None  # no one policy drew them all
+        shared = RewardBatch(
+            expert_rewards=expert_rewards[0],
+            sample_rewards=sample_rewards[0],
+            expert_groups=experts.groups,
+            sample_groups=sample_groups,
+            log_proposal=log_proposal,
+            log_base=log_base,
+            expert_log_base=expert_scored.log_base,
+            expert_logprobs=experience.expert_logprobs,
+            sample_logprobs=sample_logprobs,
+            parameters=tuple(self.reward.parameters()),
+            beta=self.config.beta,
+        )
+        others = zip(expert_rewards[1:], sample_rewards[1:], strict=True)
+        return [shared, *(replace(shared, expert_rewards=e, sample_rewards=s) for e, s in others)]
+
+    def _penalties(self, expert: Scored, sample: Scored) -> dict[str, tuple[float, Tensor]]:
+        """Weight and value of each penalty that is on."""
+        options, reward = self.config.reward, self.reward
+        found: dict[str, tuple[float, Tensor]] = {}
+        if isinstance(reward, PooledRewardModel) and (options.gradient_penalty or options.r1):
+            expert_features = reward.features(*expert.inputs)
+            if options.gradient_penalty:
+                value = gradient_penalty(reward.head, expert_features, reward.features(*sample.inputs))
+                found["gradient_penalty"] = (options.gradient_penalty, value)
+            if options.r1:
+                found["r1"] = (options.r1, r1_penalty(reward.head, expert_features))
+        return found

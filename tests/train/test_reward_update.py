@@ -1,0 +1,267 @@
+"""The reward's step for every objective: what reaches the loss, what the policy is served, penalties, replay."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from irlfast.eval import toy
+from irlfast.losses import Objective, RewardBatch, maxent_irl_loss, objective_names
+from irlfast.rewards import create_reward_model
+from irlfast.rollout import SamplingParams
+from irlfast.train import BiLevelConfig, BiLevelTrainer, OptimizerConfig, RewardConfig
+
+Make = Callable[..., BiLevelTrainer]
+
+
+def weights(trainer: BiLevelTrainer) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.reward.parameters()])
+
+
+def seen_batch(trainer: BiLevelTrainer, experience: Any = None) -> tuple[RewardBatch, dict[str, float]]:
+    """The batch that the objective is given in one reward step, and the step's metrics."""
+    batches: list[RewardBatch] = []
+    loss = type(trainer.objective).loss
+
+    class Spy:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(trainer.objective, name)
+
+        def loss(self, batch: RewardBatch) -> Any:
+            batches.append(batch)
+            return loss(trainer.objective, batch)
+
+    trainer.reward_update.objective = Spy()  # type: ignore[assignment]
+    metrics = trainer.reward_step(trainer._gather() if experience is None else experience)
+    trainer.reward_update.objective = trainer.objective
+    assert len(batches) >= 1
+    return batches[0], metrics
+
+
+@pytest.mark.parametrize("name", objective_names())
+def test_every_objective_trains_through_the_interface(
+    make_trainer: Make, small_config: BiLevelConfig, name: str, tmp_path: Path
+) -> None:
+    config = replace(small_config, reward=replace(small_config.reward, objective=name), reward_warmup_steps=1)
+    trainer = make_trainer(config, mlp=True, out=tmp_path)
+    before = weights(trainer)
+    trainer.train()
+    assert not torch.equal(weights(trainer), before)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    train = [row for row in rows if row["kind"] == "train"]
+    assert len({frozenset(row) for row in train}) == 1  # the same names in every row
+    common = {"loss", "expert_reward", "sample_reward", "margin", "auc", "max_abs_reward", "grad_norm", "lr"}
+    assert {f"reward/{key}" for key in common} <= set(train[0])
+    assert make_trainer(config, mlp=True, out=tmp_path).resume() == 4
+
+
+def test_the_options_reach_the_objective_and_a_wrong_one_is_refused() -> None:
+    made = RewardConfig(objective="gail", options={"policy_reward_kind": "logit"}, label_smoothing=0.1).make_objective()
+    assert made.policy_reward_kind == "logit"  # type: ignore[attr-defined]
+    assert made.label_smoothing == 0.1  # type: ignore[attr-defined]
+    with pytest.raises(
+        ValueError, match="objective 'gail' has no option 'weight_clip'; its options: policy_reward_kind"
+    ):
+        RewardConfig(objective="gail", weight_clip=1.0)
+    with pytest.raises(ValueError, match="objective 'gial' is unknown; known are maxent, weighted, airl, gail"):
+        RewardConfig(objective="gial")
+    with pytest.raises(ValueError, match=re.escape("centre stands in reward.options and in reward.centre: give one")):
+        RewardConfig(options={"centre": 0.1}, centre=0.1)
+    with pytest.raises(ValueError, match=r"reward\.replay = 4: objective 'airl' .* needs samples of one policy"):
+        RewardConfig(objective="airl", replay=4)
+    with pytest.raises(ValueError, match=r"reward\.r1 = -1"):
+        RewardConfig(r1=-1)
+
+
+@pytest.mark.parametrize("rollout", [{"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 5}])
+def test_airl_needs_the_density_it_subtracts(rollout: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="objective 'airl' reads the sampler's density at demonstrations"):
+        BiLevelConfig(rollout=SamplingParams(n=4, **rollout), reward=RewardConfig(objective="airl"))
+    BiLevelConfig(rollout=SamplingParams(n=4, **rollout))  # max-ent has the samples' own log-probs
+
+
+def test_the_batch_holds_the_log_probs_of_the_policy_that_sampled(
+    make_trainer: Make, small_config: BiLevelConfig
+) -> None:
+    """Also where a policy step has moved the policy in between."""
+    trainer = make_trainer(replace(small_config, reward=replace(small_config.reward, objective="airl")))
+    experience = trainer._gather()
+    log_pi = toy.log_probs(trainer.policy).detach()
+    log_base = toy.log_probs(trainer.reference).detach()  # type: ignore[arg-type]
+    trainer.policy_step(experience)
+    assert not torch.allclose(toy.log_probs(trainer.policy).detach(), log_pi)
+    batch, _ = seen_batch(trainer, experience)
+    expert, sample = (toy.string_indices(s.input_ids) for s in (experience.experts, experience.samples))
+    for got, want in (
+        (batch.expert_logprobs, log_pi[expert]),
+        (batch.sample_logprobs, log_pi[sample]),
+        (batch.log_proposal, log_pi[sample]),
+        (batch.expert_log_base, log_base[expert]),
+        (batch.log_base, log_base[sample]),
+    ):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+def test_log_probs_of_demonstrations_are_computed_only_where_asked(
+    make_trainer: Make, small_config: BiLevelConfig
+) -> None:
+    assert make_trainer(small_config)._gather().expert_logprobs is None
+
+
+# What the policy is given
+
+
+@pytest.mark.parametrize("kind", ["softplus", "logit", "logsigmoid"])
+def test_the_policy_is_served_the_objectives_reward(make_trainer: Make, small_config: BiLevelConfig, kind: str) -> None:
+    """On the scale of the raw reward's statistics, which are those that the checkpoint serves by."""
+    reward = replace(small_config.reward, objective="gail", options={"policy_reward_kind": kind})
+    trainer = make_trainer(replace(small_config, reward=reward))
+    experience = trainer._gather()
+    raw = trainer.rewards(experience.samples)
+    metrics = trainer.policy_step(experience)
+    normalizer = trainer.reward.normalizer
+    assert float(normalizer.mean) == pytest.approx(float(raw.mean()), abs=1e-5)
+    given = {
+        "softplus": torch.nn.functional.softplus(raw),
+        "logit": raw,
+        "logsigmoid": torch.nn.functional.logsigmoid(raw),
+    }[kind]
+    want = (given.mean() - raw.mean()) / raw.std(correction=0)
+    assert metrics["reward_served"] == pytest.approx(float(want), abs=1e-4)
+
+
+def test_tokens_cannot_be_rewarded_with_what_is_made_of_whole_rewards(
+    make_trainer: Make, small_config: BiLevelConfig
+) -> None:
+    dense = replace(small_config, policy=replace(small_config.policy, dense_rewards=True))
+    gail = replace(dense, reward=replace(small_config.reward, objective="gail"))
+    with pytest.raises(
+        ValueError, match=r"policy\.dense_rewards .* 'gail' .* use an objective whose policy reward is the"
+    ):
+        make_trainer(gail)
+    logit = replace(gail, reward=replace(gail.reward, options={"policy_reward_kind": "logit"}))
+    for config in (dense, logit):
+        make_trainer(config)
+
+
+@pytest.mark.parametrize("name", objective_names())
+def test_the_policys_reward_is_monotone_in_the_learned_one(name: str) -> None:
+    objective: Objective = RewardConfig(objective=name).make_objective()
+    assert bool((objective.policy_reward(torch.linspace(-10, 10, 101, dtype=torch.float64)).diff() > 0).all())
+
+
+# Penalties, projection
+
+
+@pytest.mark.parametrize("name", ["gradient_penalty", "r1"])
+def test_penalties_flatten_the_reward(make_trainer: Make, small_config: BiLevelConfig, name: str) -> None:
+    def slope(weight: float) -> tuple[float, dict[str, float]]:
+        reward = replace(small_config.reward, objective="gail", **{name: weight})
+        trainer = make_trainer(replace(small_config, reward=reward))
+        with torch.no_grad():
+            trainer.reward.network[0].weight.mul_(10)
+        for _ in range(30):
+            metrics = trainer.reward_step(trainer._gather())
+        return float(trainer.reward.network[0].weight.detach().norm()), metrics
+
+    (free, without), (flat, penalised) = slope(0.0), slope(10.0)
+    assert name not in without
+    assert penalised[name] >= 0
+    assert flat < 0.8 * free
+    if name == "r1":  # a linear reward has one slope, the norm of its weights
+        assert penalised["r1"] == pytest.approx(flat**2 / 2, rel=0.2)
+
+
+def test_penalties_need_pooled_features(make_trainer: Make, small_config: BiLevelConfig) -> None:
+    trainer = make_trainer(replace(small_config, reward=replace(small_config.reward, token_statistics=False)))
+    model = create_reward_model({"hidden_size": toy.NUM_FEATURES, "width": 8, "heads": 2}, "trajectory")
+    from irlfast.train.reward_update import RewardUpdate
+
+    config = replace(trainer.config, reward=replace(trainer.config.reward, r1=1.0))
+    with pytest.raises(ValueError, match="need a reward on pooled features, and TrajectoryRewardModel is none"):
+        RewardUpdate(model, config)
+
+
+def test_ng_russell_stays_on_the_unit_ball(make_trainer: Make, small_config: BiLevelConfig) -> None:
+    reward = RewardConfig(objective="max_margin", optimizer=OptimizerConfig(lr=0.5, max_grad_norm=0.0))
+    trainer = make_trainer(replace(small_config, reward=reward))
+    for _ in range(5):
+        trainer.reward_step(trainer._gather())
+        assert float(weights(trainer).norm()) == pytest.approx(1.0, abs=1e-5)
+
+
+# Members
+
+
+def test_members_learn_each_from_their_own_rewards(make_trainer: Make, small_config: BiLevelConfig) -> None:
+    trainer = make_trainer(small_config)
+    width = toy.NUM_FEATURES + 2
+    torch.manual_seed(3)
+    options = {"options": {"hidden_size": width, "hidden_sizes": ()}, "members": 3}
+    ensemble = create_reward_model(options, "ensemble")
+    from irlfast.train.reward_update import RewardUpdate
+
+    update = RewardUpdate(ensemble, small_config)
+    experience = trainer._gather()
+    metrics = update.step(experience, trainer._score(experience.experts))
+    gradients = [part.network[0].weight.grad for part in ensemble.parts.values()]
+    assert all(bool(gradient.any()) for gradient in gradients)
+    assert not torch.equal(gradients[0], gradients[1])
+    # The loss that is logged is the mean over the members, before the step.
+    torch.manual_seed(3)
+    fresh = create_reward_model(options, "ensemble")
+    expert_scored = trainer._score(experience.experts)
+    losses = [
+        maxent_irl_loss(
+            part(*expert_scored.inputs),
+            part(*experience.scored.inputs),
+            experience.samples.sampler_logprobs.sum(1),
+            log_base=experience.scored.log_base,
+            expert_groups=experience.experts.groups,
+            sample_groups=experience.samples.groups,
+        ).loss
+        for part in fresh.parts.values()
+    ]
+    assert metrics["loss"] == pytest.approx(float(torch.stack(losses).mean().detach()), abs=1e-5)
+
+
+# Replay
+
+
+def test_replayed_samples_join_under_their_own_samplers_log_prob(
+    make_trainer: Make, small_config: BiLevelConfig
+) -> None:
+    trainer = make_trainer(replace(small_config, reward=replace(small_config.reward, replay=20)))
+    first = trainer._gather()
+    old_log_pi = toy.log_probs(trainer.policy).detach()
+    assert len(seen_batch(trainer, first)[0].sample_rewards) == 12
+    with torch.no_grad():
+        trainer.policy.table.mul_(0.3)
+    second = trainer._gather()
+    batch, _ = seen_batch(trainer, second)
+    assert batch.log_proposal is not None
+    assert len(batch.sample_rewards) == 24
+    strings = toy.string_indices(first.samples.input_ids)
+    torch.testing.assert_close(batch.log_proposal[12:], old_log_pi[strings], rtol=0, atol=1e-5)
+    rewards = trainer.rewards(first.samples)
+    assert len(rewards) == 12
+    third, _ = seen_batch(trainer)
+    assert len(third.sample_rewards) == 12 + 20  # the oldest four gave way
+
+
+def test_replay_resumes_to_the_same_bits(make_trainer: Make, small_config: BiLevelConfig, tmp_path: Path) -> None:
+    config = replace(small_config, iterations=6, reward=replace(small_config.reward, replay=30), checkpoint_every=3)
+    whole = make_trainer(config, mlp=True, out=tmp_path / "whole")
+    last = whole.train()
+    make_trainer(replace(config, iterations=3), mlp=True, out=tmp_path / "cut").train()
+    resumed = make_trainer(config, mlp=True, out=tmp_path / "cut")
+    assert resumed.resume() == 3
+    assert resumed.train() == last
+    assert torch.equal(weights(resumed), weights(whole))
+    assert resumed.replay.state_dict() == whole.replay.state_dict()
