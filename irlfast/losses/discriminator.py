@@ -9,7 +9,7 @@ apart (Goodfellow et al. 2014, section 4.1). With label smoothing e the labels a
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from irlfast.ops._segments import compute_dtype
 
@@ -18,7 +18,8 @@ from ._rewards import check_option
 
 def smoothed_loss(logit: Tensor, label_smoothing: float) -> Tensor:
     """-(1 - e) log sigma(z) - e log sigma(-z), shaped as the logits z."""
-    return softplus(-logit) + label_smoothing * logit if label_smoothing else softplus(-logit)
+    # Not softplus, which drops what is below e^-20.
+    return label_smoothing * logit - logsigmoid(logit) if label_smoothing else -logsigmoid(logit)
 
 
 def check_smoothing(label_smoothing: float) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid
 
 from ._rewards import check_option, check_rewards, prompts_of, reward_summary
 from .discriminator import check_smoothing, discriminator_loss
@@ -89,5 +89,5 @@ class GailObjective(Objective):
 
     def policy_reward(self, rewards: Tensor) -> Tensor:
         if self.policy_reward_kind == "softplus":
-            return softplus(rewards)
+            return -logsigmoid(-rewards)
         return rewards if self.policy_reward_kind == "logit" else logsigmoid(rewards)

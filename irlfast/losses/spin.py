@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from ._rewards import check_beside, check_option
 from .objective import RewardBatch
@@ -30,7 +30,7 @@ LINKS: tuple[Link, ...] = ("logistic", "hinge", "exponential")
 
 def _linked(difference: Tensor, link: Link) -> Tensor:
     if link == "logistic":
-        return softplus(-difference)
+        return -logsigmoid(difference)
     return torch.relu(1 - difference) if link == "hinge" else torch.exp(-difference)
 
 
