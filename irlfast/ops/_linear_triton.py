@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from irlfast.ops._linear import Rows, Upstream
+from irlfast.ops._linear_fused_triton import forward_fused
 from irlfast.ops._linear_modes import Outputs, backward_chunked, forward_chunked
 from irlfast.ops._triton import Block, block_for, on_device
 
@@ -144,8 +145,10 @@ def forward_triton(
     *rest: Any,
 ) -> Outputs:
     """The registered op."""
-    _, _, ignore_index, *_ = rest
+    temperature, softcap, ignore_index, mode, _ = rest
     row_temperature = known_temperature(row_temperature, labels, ignore_index)
+    if mode == "fused":
+        return forward_fused(hidden, weight, bias, labels, row_temperature, temperature, softcap, ignore_index)
     epilogue = TritonEpilogue(weight.shape[0], ignore_index)
     return forward_chunked(epilogue, hidden, weight, bias, labels, row_temperature, *rest)
 

@@ -12,9 +12,12 @@ online softmax is added to that of the columns before. In units of one N x V x D
     frozen      for a head that is not trained, E_n = sum_{v != y} p_v W_v, summed beside the statistics as an online
                 softmax: 2 forward, and then dX = (g (1 - p_y) + u p_y) W_y - (g - u) E, a scaling of rows. A gradient
                 of the entropy, where there is one, costs 2 more
+    fused       as recompute, but that forward multiplies within the kernel that makes the statistics: its logits are
+                never in memory. Triton alone has it
 
 On the CPU rows with an ignored label take part in no product, rows that receive no gradient in no product of backward.
 On a GPU, where the host would wait to count them, they do, with hidden states of 0: nothing of theirs reaches a result.
+("fused" looks at the labels of 32 to 128 rows at once, and multiplies none of them if all are ignored.)
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ from irlfast.ops._token_stats_cpu import check_row_temperature
 from irlfast.ops._triton import triton_unavailable
 from irlfast.ops.token_stats import TokenStats, token_stats_reference
 
-Mode = Literal["auto", "recompute", "keep", "frozen"]
+Mode = Literal["auto", "recompute", "keep", "frozen", "fused"]
 MODES: tuple[str, ...] = get_args(Mode)
 
 
@@ -272,6 +275,21 @@ def resolve_mode(mode: str, hidden: Tensor, weight: Tensor, bias: Tensor | None,
     return mode
 
 
+def _impl_of_fused(impl: str, hidden: Tensor) -> str:
+    """The implementation that has the mode; ValueError for another by name, RuntimeError where it cannot run."""
+    if impl not in ("auto", "triton") and impl in IMPLEMENTATIONS:
+        raise ValueError(
+            f"linear_token_stats: mode='fused' with impl={impl!r}, which has no such mode; use impl='triton', or "
+            "another mode"
+        )
+    reason = IMPLEMENTATIONS["triton"].unavailable(hidden) if impl == "auto" else None
+    if reason is not None:
+        raise RuntimeError(
+            f"linear_token_stats: mode='fused' takes impl='triton', which is not available: {reason}; use mode='auto'"
+        )
+    return "triton" if impl == "auto" else impl
+
+
 def linear_token_stats(
     hidden: Tensor,  # (..., D)
     weight: Tensor,  # (V, D)
@@ -298,13 +316,15 @@ def linear_token_stats(
         softcap: c > 0 replaces each logit l by c tanh(l / c) before the temperature (Gemma 2, arXiv 2408.00118).
         ignore_index: rows with this label give 0, no gradient, and (on the CPU) cost no product.
         impl: "auto", "reference", "cpu", "cuda" or "triton". The reference makes the logits whole.
-        mode: "recompute", "keep" or "frozen", see above; only speed and memory differ. "auto" takes "frozen" where
-            neither weight nor bias is trained (if the loss has an entropy term, "keep" is as quick), otherwise "keep"
-            where the logits fit the budget, otherwise "recompute".
+        mode: "recompute", "keep", "frozen" or "fused", see above; only speed and memory differ. "auto" takes "frozen"
+            where neither weight nor bias is trained (if the loss has an entropy term, "keep" is as quick), otherwise
+            "keep" where the logits fit the budget, otherwise "recompute". "fused" is for heads of few dimensions, and
+            with impl="auto" asks for Triton.
         memory_budget: bytes that kept logits, 4 (float64: 8) for each row and token, may take under "auto".
         chunk: columns of the vocabulary worked on at a time, rounded up to a multiple of 2048; None leaves them to the
             plan (docs/performance.md): 2048, on a GPU by the sizes, its cache and 256 MiB that buffers may take. What
-            is summed per row does not depend on it. On the CPU up to 16 MiB of logits are worked on at a time.
+            is summed per row does not depend on it. On the CPU up to 16 MiB of logits are worked on at a time. "fused"
+            has chunks in backward alone.
 
     Returns:
         TokenStats(logprob, entropy, lse), each [...], float32 (float64 for float64 input), differentiable together
@@ -317,7 +337,7 @@ def linear_token_stats(
         IndexError: a label is outside [0, V) and not `ignore_index` (on the CPU; on a GPU that row is NaN).
         TypeError: dtypes that differ or are none of the above.
         ValueError: shapes, devices, temperature, softcap, mode, memory_budget or chunk.
-        RuntimeError: an `impl` that is not available here.
+        RuntimeError: an `impl` that is not available here, or mode="fused" where Triton is not.
     """
     op = "linear_token_stats"
     hidden, weight, bias = autocast(hidden, weight, bias)
@@ -325,6 +345,8 @@ def linear_token_stats(
     check_scaling(op, temperature, softcap, labels.shape)
     if mode not in MODES:
         raise ValueError(f"{op}: mode={mode!r} is unknown; expected one of {', '.join(map(repr, MODES))}")
+    if mode == "fused":
+        impl = _impl_of_fused(impl, hidden)
     result: TokenStats = select(op, IMPLEMENTATIONS, impl, hidden).run(
         hidden,
         weight,

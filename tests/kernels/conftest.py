@@ -47,6 +47,19 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     _triton.block_for.cache_clear()
 
 
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for the kernel with products inside: four rows, and 8 of their elements, are a tile."""
+    from irlfast.kernels._tuning import ProductConfig
+    from irlfast.ops import _linear_fused_triton as fused
+
+    def small(hidden: torch.Tensor, weight: torch.Tensor) -> ProductConfig:
+        aligned = fused.begins_at_16_bytes(hidden) and fused.begins_at_16_bytes(weight)
+        return ProductConfig(4, 512, 8, 256, 4, 4, 1, descriptors=aligned)
+
+    monkeypatch.setattr(fused, "config_for", small)
+
+
 @pytest.fixture(
     params=[pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu)]
 )

@@ -35,6 +35,21 @@ def test_cpu_tensors_and_float64_are_refused_with_the_reason(run: Callable[..., 
         run(hidden.double(), weight.double(), labels, impl="triton")
 
 
+def test_products_inside_are_tritons_alone() -> None:
+    hidden, weight, labels = torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, dtype=torch.long)
+    with pytest.raises(
+        RuntimeError, match="mode='fused' takes impl='triton', which is not available: the tensor is on"
+    ):
+        statistics(hidden, weight, labels, mode="fused")
+    with pytest.raises(RuntimeError, match="impl='triton' is not available: the tensor is on the CPU"):
+        statistics(hidden, weight, labels, mode="fused", impl="triton")
+    for impl in ("cpu", "cuda", "reference"):
+        with pytest.raises(ValueError, match=f"mode='fused' with impl='{impl}', which has no such mode"):
+            statistics(hidden, weight, labels, mode="fused", impl=impl)
+    with pytest.raises(ValueError, match="impl='cuda9' is unknown"):
+        statistics(hidden, weight, labels, mode="fused", impl="cuda9")
+
+
 @pytest.mark.parametrize("op", ["linear_token_stats", "linear_policy_ref_stats"])
 @pytest.mark.parametrize("suffix", ["", "_backward"])
 def test_every_op_has_a_kernel_for_gpus(op: str, suffix: str) -> None:
@@ -46,10 +61,12 @@ def test_gpu_tensors_take_the_registered_ops() -> None:
     with FakeTensorMode():
         hidden, weight = (torch.empty(n, 8, device="cuda", dtype=torch.bfloat16) for n in (4, 70))
         labels = torch.empty(4, device="cuda", dtype=torch.long)
-        traced = make_fx(lambda x, w, y: (statistics(x, w, y), pair(x, w, y)))(hidden, weight, labels)
+        traced = make_fx(lambda x, w, y: (statistics(x, w, y), pair(x, w, y), statistics(x, w, y, mode="fused")))(
+            hidden, weight, labels
+        )
     called = [node.target for node in traced.graph.nodes]
-    for name in ("linear_token_stats", "linear_policy_ref_stats"):
-        assert called.count(getattr(torch.ops.irlfast, name).default) == 1
+    assert called.count(torch.ops.irlfast.linear_token_stats.default) == 2
+    assert called.count(torch.ops.irlfast.linear_policy_ref_stats.default) == 1
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside the compiler

@@ -16,7 +16,7 @@ from irlfast.ops.linear_token_stats import linear_token_stats_reference
 
 pytestmark = pytest.mark.gpu
 
-MODES = ["recompute", "keep", "frozen"]
+MODES = ["recompute", "keep", "frozen", "fused"]
 ROWS, DEPTH, VOCAB = 96, 64, 5008  # two whole chunks and a ragged third
 
 
@@ -132,7 +132,7 @@ def test_loss_equals_statistics() -> None:
 @pytest.mark.parametrize("rows", [65_537])
 def test_many_rows(rows: int) -> None:
     hidden, weight, bias, labels = inputs(torch.bfloat16, rows)
-    ours = linear_token_stats(hidden, weight, labels, bias=bias)
+    ours, inside = (linear_token_stats(hidden, weight, labels, bias=bias, mode=mode) for mode in ("auto", "fused"))
     pair = linear_policy_ref_stats(hidden, weight, hidden * 0.9, weight, labels, bias=bias, ref_bias=bias)
     last = slice(rows - 7, rows)
     exact = linear_token_stats_reference(hidden[last].double(), weight.double(), labels[last], bias=bias.double())
@@ -145,7 +145,7 @@ def test_many_rows(rows: int) -> None:
         bias=bias.double(),
         ref_bias=bias.double(),
     )
-    for result, truth in ((ours, exact), (pair, exact_pair)):
+    for result, truth in ((ours, exact), (inside, exact), (pair, exact_pair)):
         for statistic, right in zip(result, truth, strict=True):
             torch.testing.assert_close(statistic[last].double(), right, rtol=2e-5, atol=2e-5)
 
@@ -191,3 +191,21 @@ def test_products_add_to_float32_sums(dtype: torch.dtype, monkeypatch: pytest.Mo
         for sums in (None, torch.empty(5000, device="cuda")):
             out = _product.product(a, b, before.clone(), accumulate=True, sums=sums)
             torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("depth", "vocab"), [(768, 50304), (1024, 8000), (4096, 20000), (777, 5003)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_products_inside_in_every_entry_of_the_table(dtype: torch.dtype, depth: int, vocab: int) -> None:
+    """A shallow and a deep head, a narrow vocabulary, rows that begin anywhere; and the same bits in every batch."""
+    torch.manual_seed(0)
+    hidden = (torch.randn(700, depth, device="cuda") * (3 / depth**0.5)).to(dtype)
+    weight = torch.randn(vocab, depth, device="cuda").to(dtype)
+    labels = torch.randint(vocab, (700,), device="cuda")
+    labels[128:320] = -100
+    ours = linear_token_stats(hidden, weight, labels, mode="fused")
+    exact = linear_token_stats_reference(hidden.double(), weight.double(), labels)
+    for statistic, right in zip(ours, exact, strict=True):
+        torch.testing.assert_close(statistic.double(), right, rtol=2e-5, atol=2e-5)
+    part = linear_token_stats(hidden[320:329].clone(), weight, labels[320:329], mode="fused")
+    for statistic, whole in zip(part, ours, strict=True):
+        assert torch.equal(statistic, whole[320:329])

@@ -22,7 +22,7 @@ from irlfast.ops.linear_token_loss import linear_token_loss_reference
 from irlfast.ops.linear_token_stats import linear_token_stats_reference
 from irlfast.ops.token_stats import token_stats_reference
 
-MODES = ["recompute", "keep", "frozen"]
+MODES = ["recompute", "keep", "frozen", "fused"]
 LOGITS = [random_logits, shifted_logits, certain_logits, tied_logits]
 
 
@@ -30,7 +30,12 @@ LOGITS = [random_logits, shifted_logits, certain_logits, tied_logits]
     params=[pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu)]
 )
 def device(request: pytest.FixtureRequest) -> str:
-    """ "cpu", in the interpreter, or "cuda"; with the blocks of the table, of which a chunk has four on the CPU."""
+    """ "cpu", in the interpreter, or "cuda"; with the blocks of the table, of which a chunk has four on the CPU.
+
+    In the interpreter mode="fused" has tiles that few rows, their depth and a vocabulary cross.
+    """
+    if request.param == "cpu":
+        request.getfixturevalue("small_tiles")
     return str(request.param)
 
 
@@ -95,12 +100,13 @@ def upstream_for(inputs: Problem) -> Tensor:
 @pytest.mark.parametrize("make", LOGITS)
 @pytest.mark.parametrize("vocab", VOCABULARIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_matches_float64(device: str, dtype: torch.dtype, vocab: int, make: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize("mode", ["recompute", "fused"])
+def test_matches_float64(device: str, dtype: torch.dtype, vocab: int, make: Callable[..., Tensor], mode: str) -> None:
     inputs = problem(make, vocab, dtype, device)
     if make is shifted_logits:
         inputs.hidden[:, 5:] = 0  # around 150 each sum of a product is rounded by 8e-6, in an order of torch's
     upstream = upstream_for(inputs)
-    check(ours(inputs, upstream, "recompute"), inputs, upstream, "recompute")
+    check(ours(inputs, upstream, mode), inputs, upstream, mode)
 
 
 @pytest.mark.parametrize("make", [random_logits, certain_logits])
@@ -342,19 +348,19 @@ BREAKS: dict[str, tuple[str, str, str, Callable[[], None]]] = {
         "_rows",
         'tl.where(columns < end, logits, float("-inf"))',
         "logits",
-        lambda: test_matches_float64("cpu", torch.float32, VOCABULARIES[-1], random_logits),
+        lambda: test_matches_float64("cpu", torch.float32, VOCABULARIES[-1], random_logits, "recompute"),
     ),
     "a chunk forgets those before": (
         "linear_token_stats",
         "others = tl.load(to_others).to(tl.float32)",
         "others = 0.0",
-        lambda: test_matches_float64("cpu", torch.float32, VOCABULARIES[-1], random_logits),
+        lambda: test_matches_float64("cpu", torch.float32, VOCABULARIES[-1], random_logits, "recompute"),
     ),
     "a maximum of 0 before the first": (
         "linear_token_stats",
         "max = tl.load(to_max).to(tl.float32)",
         "max = tl.maximum(tl.load(to_max).to(tl.float32), 0.0)",
-        lambda: test_matches_float64("cpu", torch.float32, VOCABULARIES[-1], shifted_logits),
+        lambda: test_matches_float64("cpu", torch.float32, VOCABULARIES[-1], shifted_logits, "recompute"),
     ),
     "an empty chunk is no special case": (
         "_online_softmax",
@@ -366,19 +372,19 @@ BREAKS: dict[str, tuple[str, str, str, Callable[[], None]]] = {
         "linear_token_stats",
         "column = label - first_column",
         "column = label",
-        lambda: test_matches_float64("cpu", torch.float32, VOCABULARIES[-1], random_logits),
+        lambda: test_matches_float64("cpu", torch.float32, VOCABULARIES[-1], random_logits, "recompute"),
     ),
     "bits for nats": (
         "linear_token_stats",
         "tl.where(first_column + width == vocab, LN_2, 1.0)",
         "1.0",
-        lambda: test_matches_float64("cpu", torch.float32, PIECE, random_logits),
+        lambda: test_matches_float64("cpu", torch.float32, PIECE, random_logits, "recompute"),
     ),
     "nats after every chunk": (
         "linear_token_stats",
         "tl.where(first_column + width == vocab, LN_2, 1.0)",
         "LN_2",
-        lambda: test_matches_float64("cpu", torch.float32, VOCABULARIES[-1], random_logits),
+        lambda: test_matches_float64("cpu", torch.float32, VOCABULARIES[-1], random_logits, "recompute"),
     ),
     "labels are not checked": (
         "linear_token_stats",
@@ -402,7 +408,7 @@ BREAKS: dict[str, tuple[str, str, str, Callable[[], None]]] = {
         "_gradient",
         "u + h * (log_sum - entropy)",
         "u - h * entropy",
-        lambda: test_matches_float64("cpu", torch.float32, VOCABULARIES[-1], random_logits),
+        lambda: test_matches_float64("cpu", torch.float32, VOCABULARIES[-1], random_logits, "recompute"),
     ),
     "1 - p by subtraction": (
         "_online_softmax",

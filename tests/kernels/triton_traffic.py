@@ -26,6 +26,10 @@ class Traffic:
         """Bytes written to the tensor's storage."""
         return self._count("written", tensor)
 
+    def written_in_all(self) -> int:
+        """Bytes written, wherever."""
+        return sum(addresses.size * size for addresses, size in self._accesses["written"])
+
     def add(self, kind: str, pointers: Any, mask: Any) -> None:
         addresses, kept = np.broadcast_arrays(pointers.data, mask.data)
         size = pointers.get_element_ty().primitive_bitwidth // 8
