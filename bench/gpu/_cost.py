@@ -4,7 +4,8 @@ A pass takes at least as long as its matrix products (or the memory traffic insi
 one another with those, the sweeps that are no products. Left out: the launch of a kernel, a few microseconds; labels,
 masks and statistics beside a vocabulary; and adding up dX over chunks of the vocabulary, which depends on the chunk.
 Logits of the linear ops count as float32 [N, V] that goes to memory and comes back, unless a mode never makes them
-whole and a cache holds a chunk: then the time is shorter.
+whole and a cache holds a chunk: then the time is shorter. Where they stay in registers ("fused") nothing hides their
+exponentials, which are counted then; elsewhere reading the logits takes longer.
 """
 
 from __future__ import annotations
@@ -27,18 +28,26 @@ class Chip:
     Attributes:
         bandwidth: bytes a second.
         rate: floating-point operations a second in dense products of bfloat16.
+        exp2: how many of those take the time of one exponential. A multiprocessor of compute capability 9.0 makes 16 in
+            a cycle (CUDA C++ Programming Guide, arithmetic throughput) and multiplies with 4096 operations; a compute
+            unit of CDNA3, at a quarter of the vector rate, 16 beside 2048.
     """
 
     name: str
     bandwidth: float
     rate: float
+    exp2: float
     source: str
+
+    def exponentials(self, count: float) -> float:
+        """Seconds."""
+        return count * self.exp2 / self.rate
 
 
 CHIPS = (
-    Chip(name="H100 SXM", bandwidth=3.35e12, rate=989e12, source="NVIDIA H100 Tensor Core GPU data sheet"),
-    Chip(name="H200", bandwidth=4.8e12, rate=989e12, source="NVIDIA H200 Tensor Core GPU data sheet"),
-    Chip(name="MI300X", bandwidth=5.3e12, rate=1307e12, source="AMD Instinct MI300X Accelerator data sheet"),
+    Chip(name="H100 SXM", bandwidth=3.35e12, rate=989e12, exp2=256, source="NVIDIA H100 Tensor Core GPU data sheet"),
+    Chip(name="H200", bandwidth=4.8e12, rate=989e12, exp2=256, source="NVIDIA H200 Tensor Core GPU data sheet"),
+    Chip(name="MI300X", bandwidth=5.3e12, rate=1307e12, exp2=128, source="AMD Instinct MI300X Accelerator data sheet"),
 )
 
 
@@ -51,19 +60,22 @@ class Cost:
         products: matrix products of rows x depth x vocabulary.
         flop: their operations.
         operands: bytes that products read and write.
+        exponentials: those that no reading hides.
     """
 
     sweeps: float
     products: int = 0
     flop: float = 0
     operands: float = 0
+    exponentials: float = 0
 
     @property
     def nbytes(self) -> float:
         return self.sweeps + self.operands
 
     def seconds(self, chip: Chip) -> float:
-        return max(self.flop / chip.rate, self.operands / chip.bandwidth) + self.sweeps / chip.bandwidth
+        products = max(self.flop / chip.rate, self.operands / chip.bandwidth)
+        return products + self.sweeps / chip.bandwidth + chip.exponentials(self.exponentials)
 
 
 Costs = dict[tuple[str, str], Cost]  # by pass and mode; the mode is "" where there is one alone
@@ -105,15 +117,19 @@ class _Products:
         self.hidden = self.rows * self.depth * self.narrow
         self.head = self.vocab * self.depth * self.narrow
 
-    def cost(self, *, logits: int, backward: int, trained: bool, sweeps: float) -> Cost:
-        """`logits` products that make logits, and `backward` times that for dX, and for dW of a trained head."""
+    def cost(self, *, logits: int, backward: int, trained: bool, sweeps: float, fused: bool = False) -> Cost:
+        """`logits` products that make logits, and `backward` times that for dX, and for dW of a trained head.
+
+        fused: the first of them leaves none.
+        """
         products = logits + backward * (1 + trained)
-        operands = logits * (self.hidden + self.head + self.logits)
+        operands = logits * (self.hidden + self.head + self.logits) - fused * self.logits
         operands += backward * (self.factors + self.head + self.hidden)
         if trained:
             operands += backward * (self.factors + self.hidden + self.head)
         flop = 2 * self.rows * self.depth * self.vocab * products
-        return Cost(sweeps=sweeps, products=products, flop=flop, operands=operands)
+        exponentials = fused * self.rows * self.vocab
+        return Cost(sweeps=sweeps, products=products, flop=flop, operands=operands, exponentials=exponentials)
 
 
 def _linear_token_stats(case: GpuCase) -> Costs:
@@ -128,8 +144,10 @@ def _linear_token_stats(case: GpuCase) -> Costs:
         result[name, "frozen"] = count.cost(logits=1, backward=1, trained=False, sweeps=read + differentiate)
     else:
         result[FORWARD, ""] = count.cost(logits=1, backward=0, trained=False, sweeps=read)
+        result[FORWARD, "fused"] = count.cost(logits=1, backward=0, trained=False, sweeps=0, fused=True)
         result[name, "keep"] = count.cost(logits=1, backward=1, trained=True, sweeps=read + differentiate)
         result[name, "recompute"] = count.cost(logits=2, backward=1, trained=True, sweeps=read + differentiate)
+        result[name, "fused"] = count.cost(logits=2, backward=1, trained=True, sweeps=differentiate, fused=True)
     result[name, "one pass"] = count.cost(logits=1, backward=1, trained=trained, sweeps=read + differentiate)
     return result
 

@@ -34,6 +34,8 @@ from bench.linear_token_stats import (
 )
 from bench.token_stats import BOTH, FORMS, LOGPROB, OUTPUTS
 
+FUSED = f"{OURS}, fused"
+
 # Logits that "keep" leaves beside all else have to fit.
 KEPT_BYTES = 8 << 30
 
@@ -46,20 +48,23 @@ def linear_token_stats_passes(case: GpuCase, device: str) -> Iterator[Pass]:
     weight = torch.randn(vocab, depth, device=device).to(case.torch_dtype)
     targets = make_targets(case, vocab, len(OUTPUTS[work]), device)
     others, missing = _rivals(work, targets, device, case.softcap)
+    if device == "cpu" and case.outputs != FROZEN:
+        missing[FUSED] = "its kernel takes a GPU"
     if case.outputs != FROZEN:  # the same forward pass
+        mine = [(OURS, "auto"), *([] if FUSED in missing else [(FUSED, "fused")])]
         yield Pass(
             name=FORWARD,
             contenders=[
                 *(
                     Contender(name=n, family=family, run=run_forward(form, hidden, weight, labels))
                     for n, family, form, labels in [
-                        (OURS, "ours", ours(work, "auto", case.softcap), targets.labels),
+                        *((n, "ours", ours(work, mode, case.softcap), targets.labels) for n, mode in mine),
                         *others,
                     ]
                 ),
                 *product_ceilings(hidden, weight, gradients=0),
             ],
-            bars={OURS: RIVAL_BARS},
+            bars=dict.fromkeys((n for n, _ in mine), RIVAL_BARS),
             truth=_forward_truth(hidden, weight, targets, work, case.softcap),
             tolerance=TOLERANCES[case.dtype],
             skipped=missing,
@@ -70,8 +75,11 @@ def linear_token_stats_passes(case: GpuCase, device: str) -> Iterator[Pass]:
     leaf, head = hidden.detach().requires_grad_(), weight.detach().requires_grad_(trained)
     leaves = [leaf, head] if trained else [leaf]
     runs: list[Contender] = []
-    modes = [mode for _, mode in costs(case) if mode]
+    name = WITH_DX_DW if trained else WITH_DX
+    modes = [mode for pass_name, mode in costs(case) if pass_name == name]
     for mode in modes:
+        if f"{OURS}, {mode}" in missing:
+            continue
         if mode == "keep" and 4 * rows * vocab > KEPT_BYTES:
             missing = {**missing, f"{OURS}, keep": f"keeps {4 * rows * vocab / 2**30:.0f} GiB of logits"}
             continue
@@ -82,14 +90,13 @@ def linear_token_stats_passes(case: GpuCase, device: str) -> Iterator[Pass]:
             else run_both(ours(work, mode, case.softcap), *arguments)
         )
         runs.append(Contender(name=f"{OURS}, {mode}", family="ours", run=run))
-    mine = [run.name for run in runs]
+    subjects = [run.name for run in runs]
     for n, family, form, labels in others:
         runs.append(Contender(name=n, family=family, run=run_both(form, leaf, head, labels, targets.upstream, leaves)))
-    name = WITH_DX_DW if trained else WITH_DX
     yield Pass(
         name=name,
         contenders=[*runs, *product_ceilings(hidden, weight, gradients=len(leaves))],
-        bars=dict.fromkeys(mine, RIVAL_BARS),
+        bars=dict.fromkeys(subjects, RIVAL_BARS),
         truth=_gradient_truth(hidden, weight, targets, trained, case.softcap),
         tolerance=TOLERANCES[case.dtype],
         skipped=missing,

@@ -7,7 +7,7 @@ from typing import Any
 
 from bench._report import milliseconds, table
 from bench.gpu._cases import CASES, GpuCase, in_the_model
-from bench.gpu._cost import CHIPS, Chip, Cost, costs
+from bench.gpu._cost import CHIPS, FORWARD, Chip, Cost, costs
 
 UNMEASURED = "unmeasured"
 # As torch names the GPUs of CHIPS.
@@ -31,7 +31,26 @@ def model_table(results: Sequence[Mapping[str, Any]]) -> str:
     sources = "; ".join(
         f"{chip.name} {chip.bandwidth / 1e12:g} TB/s and {chip.rate / 1e12:g} TF/s ({chip.source})" for chip in CHIPS
     )
-    return f"Published figures: {sources}.\n\n{table(header, body)}"
+    return f"Published figures: {sources}.\n\n{table(header, body)}\n\n{_where_fused_wins()}"
+
+
+def needed_rate(case: GpuCase, chip: Chip) -> float:
+    """The share of the published rate at which products inside a kernel are as quick as whole logits at all of it."""
+    whole, fused = costs(case)[FORWARD, ""], costs(case)[FORWARD, "fused"]
+    return fused.flop / chip.rate / (whole.seconds(chip) - chip.exponentials(fused.exponentials))
+
+
+def _where_fused_wins() -> str:
+    header = ["rows x depth x vocabulary", *(chip.name for chip in CHIPS)]
+    cases = [case for case in CASES if in_the_model(case) and (FORWARD, "fused") in costs(case)]
+    body = [
+        ["x".join(map(str, case.shape)), *(f"{needed_rate(case, chip):.0%}" for chip in CHIPS)]
+        for case in sorted(cases, key=lambda case: case.shape)
+    ]
+    return (
+        "What share of the rate of torch's products, taken as the published one, those inside the kernel have to reach "
+        f'for mode="fused" to be the quicker forward pass:\n\n{table(header, body)}'
+    )
 
 
 def _amounts(cost: Cost) -> list[str]:

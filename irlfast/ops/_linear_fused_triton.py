@@ -33,7 +33,7 @@ def forward_fused(
     config: ProductConfig | None = None,
 ) -> Outputs:
     """As `forward_chunked`. config replaces what the tuning table says, for tests."""
-    from irlfast.kernels.linear_fused import linear_fused_finish, linear_fused_parts
+    from irlfast.kernels._linear_fused import linear_fused_finish, linear_fused_parts
 
     hidden, weight = _adjacent(hidden), _adjacent(weight)
     labels = labels.contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from bench.__main__ import main
 from bench._case import OURS
 from bench.gpu._cases import CASES, GpuCase, in_the_model
 from bench.gpu._cost import CHIPS, Chip, Cost, costs, counted_flop
-from bench.gpu._model import UNMEASURED, model_table
+from bench.gpu._model import UNMEASURED, model_table, needed_rate
 
 _, H200, _ = CHIPS
 
@@ -56,13 +57,15 @@ def test_token_kl_reads_two_rows_and_writes_one_gradient() -> None:
 @pytest.mark.parametrize(
     ("work", "products"),
     [
-        ("linear log-prob", {"": 1, "keep": 3, "recompute": 4, "one pass": 3}),
+        ("linear log-prob", {"": 1, "fused": 1, "keep": 3, "recompute": 4, "one pass": 3}),
         ("linear log-prob, frozen head", {"frozen": 2, "one pass": 2}),
     ],
 )
 def test_products_of_the_modes(work: str, products: dict[str, int]) -> None:
     rows, depth, vocab = 8192, 4096, 128256
     found = costs(case("linear_token_stats", (rows, depth, vocab), work))
+    if "fused" in products:
+        assert found.pop(("forward + dX + dW", "fused")).products == 4
     assert {mode: cost.products for (_, mode), cost in found.items()} == products
     assert all(cost.flop == 2 * rows * depth * vocab * cost.products for cost in found.values())
 
@@ -78,6 +81,28 @@ def test_bytes_of_a_linear_forward_pass() -> None:
     logits = 8192 * 50304 * 4
     assert cost.operands == pytest.approx(2 * 768 * (8192 + 50304) + logits)
     assert cost.sweeps == pytest.approx(logits)
+
+
+def test_products_inside_a_kernel_leave_no_logits_and_hide_no_exponential() -> None:
+    found = costs(case("linear_token_stats", (8192, 768, 50304), "linear log-prob"))
+    logits, operands = 8192 * 50304, 2 * 768 * (8192 + 50304)
+    cost = found["forward", "fused"]
+    assert (cost.sweeps, cost.operands, cost.exponentials) == (0, operands, logits)
+    assert cost.seconds(H200) == pytest.approx(logits * (2 * 768 + 256) / 989e12)
+    trained = found["forward + dX + dW", "fused"]
+    whole = found["forward + dX + dW", "recompute"]
+    assert whole.nbytes - trained.nbytes == pytest.approx(2 * 4 * logits)
+
+
+def test_at_the_needed_rate_both_take_as_long() -> None:
+    shallow, deep = (
+        case("linear_token_stats", shape, "linear log-prob") for shape in ((8192, 768, 50304), (8192, 4096, 151936))
+    )
+    assert needed_rate(shallow, H200) < needed_rate(deep, H200) < 1
+    slower = dataclasses.replace(costs(shallow)["forward", "fused"], flop=0)
+    product = 2 * 8192 * 768 * 50304 / (needed_rate(shallow, H200) * 989e12)
+    exponentials = slower.seconds(H200) - slower.operands / 4.8e12
+    assert product + exponentials == pytest.approx(costs(shallow)["forward", ""].seconds(H200))
 
 
 def test_masked_rows_enter_no_product() -> None:
@@ -103,9 +128,10 @@ def test_sequences() -> None:
 
 
 def test_a_pass_takes_its_products_or_their_traffic_and_then_its_sweeps() -> None:
-    chip = Chip(name="x", bandwidth=1e12, rate=1e15, source="none")
+    chip = Chip(name="x", bandwidth=1e12, rate=1e15, exp2=100, source="none")
     assert Cost(sweeps=1e12, products=1, flop=2e15, operands=1e12).seconds(chip) == 3.0
     assert Cost(sweeps=1e12, products=1, flop=2e15, operands=4e12).seconds(chip) == 5.0
+    assert Cost(sweeps=0, products=1, flop=2e15, operands=1e12, exponentials=1e13).seconds(chip) == 3.0
 
 
 def result(
@@ -133,6 +159,7 @@ def measured(*results: dict[str, Any]) -> list[str]:
 def test_everything_is_unmeasured_until_it_is_measured() -> None:
     text = model_table([])
     rows = [line for line in text.splitlines() if line.startswith("| ") and "predicted" not in line]
+    rows = rows[: next(i for i, line in enumerate(rows) if line.startswith("| rows x depth"))]
     assert all(line.count(UNMEASURED) == len(CHIPS) for line in rows)
     assert len(rows) == sum(len(costs(case)) for case in filter(in_the_model, CASES))
 

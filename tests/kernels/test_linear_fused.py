@@ -172,25 +172,25 @@ def test_auto_never_takes_it() -> None:
 # What is broken, how, and the test that has to notice.
 BREAKS: dict[str, tuple[str, str, str, Callable[[], None]]] = {
     "a maximum of 0 before the first": (
-        "linear_fused",
+        "_linear_fused",
         'max = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)',
         "max = tl.zeros([BLOCK_ROWS], tl.float32)",
         lambda: matches_float64(shifted_logits),
     ),
     "no mask beyond the vocabulary": (
-        "linear_fused",
+        "_linear_fused",
         'tl.where(columns[None, :] < vocab, logits, float("-inf"))',
         "logits",
         lambda: matches_float64(random_logits),
     ),
     "no mask beyond the depth": (
-        "linear_fused",
+        "_linear_fused",
         "mask=columns[None, :] < depth, other=0.0",
         "mask=columns[None, :] < depth + 8, other=0.0",
         lambda: check_strides("no multiple of 16 bytes", "cpu"),
     ),
     "rows beyond the last are read": (
-        "linear_fused",
+        "_linear_fused",
         "tl.minimum(first + tl.arange(0, ROWS), count - 1)",
         "(first + tl.arange(0, ROWS))",
         read_ragged_operands,
@@ -202,25 +202,25 @@ BREAKS: dict[str, tuple[str, str, str, Callable[[], None]]] = {
         lambda: matches_float64(random_logits),
     ),
     "a tile belongs to two parts": (
-        "linear_fused",
+        "_linear_fused",
         "end = (split + 1) * tiles // splits",
         "end = (split + 1) * tiles // splits + 1",
         lambda: matches_float64(random_logits),
     ),
     "the label of another half": (
-        "linear_fused",
+        "_linear_fused",
         "right, first + HALF",
         "right, first",
         lambda: matches_float64(random_logits),
     ),
     "the order of tiles depends on the number of rows": (
-        "linear_fused",
+        "_linear_fused",
         "first = tile * BLOCK_VOCAB",
         "first = (begin + (tile - begin + row_tiles) % (end - begin)) * BLOCK_VOCAB",
         lambda: assert_same_bits_in_every_batch("cpu"),
     ),
     "a tile of ignored rows is multiplied": (
-        "linear_fused",
+        "_linear_fused",
         "tl.where(wanted, end, begin)",
         "end",
         count_reads_and_writes,

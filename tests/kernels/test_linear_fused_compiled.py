@@ -141,13 +141,13 @@ def test_the_number_of_parts_makes_no_new_kernel() -> None:
 
 BREAKS: dict[str, tuple[str, str, str, Callable[[], None]]] = {
     "temperature as a constant": (
-        "linear_fused",
+        "_linear_fused",
         "    temperature,\n    softcap,\n",
         "    temperature: tl.constexpr,\n    softcap,\n",
         assert_one_kernel,
     ),
     "a kernel for some numbers of rows": (
-        "linear_fused",
+        "_linear_fused",
         'do_not_specialize=["rows", "splits", "ignore_index"]',
         'do_not_specialize=["splits", "ignore_index"]',
         assert_one_kernel,
