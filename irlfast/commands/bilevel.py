@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 
-from irlfast.data import TokenizedDemonstration, load_demonstrations, split, tokenize_demonstrations
+from irlfast.data import TokenizedDemonstration, load_demonstrations, split, token_pieces, tokenize_demonstrations
 from irlfast.report import plot_curves, print_comparison, write_json
-from irlfast.rewards import RewardModel, RewardModelConfig
 from irlfast.rollout import SamplingParams, TransformersEngine
 from irlfast.train import BiLevelConfig, BiLevelTrainer, OptimizerConfig, PolicyConfig, RewardConfig
 from irlfast.train.config import require
@@ -22,6 +22,8 @@ from irlfast.train.evaluation import evaluate_policy
 from irlfast.train.log import read_log
 from irlfast.train.seeds import derive_seed
 from irlfast.train.supervised import SupervisedConfig, train_supervised
+
+from .reward_options import RewardModelOptions, make_reward_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,20 +51,6 @@ class DataConfig:
         require(self.heldout >= 1, "data.heldout", self.heldout, "at least 1 row")
 
 
-@dataclass(frozen=True, kw_only=True)
-class RewardModelOptions:
-    """The reward network: an MLP on pooled hidden states of the frozen start model."""
-
-    hidden_sizes: tuple[int, ...] = (128,)
-    """Widths of its hidden layers; none makes the reward linear."""
-    pooling: tuple[Literal["last", "mean", "max"], ...] = ("mean", "max")
-    """How the states of the response's tokens become one vector; several are put side by side."""
-    dropout: float = 0.0
-    """Dropout after each hidden layer while the reward is trained."""
-    output_bound: float | None = 10.0
-    """Rewards stay within this bound on either side."""
-
-
 def _default_training() -> BiLevelConfig:
     return BiLevelConfig(
         iterations=100,
@@ -86,7 +74,7 @@ class BiLevelCommand:
     demonstrations: str
     """JSON lines (.gz too) with {"prompt", "response"}, {"messages"} or {"text"} rows, or a dataset's hub name."""
     out: Path = Path("runs/bilevel")
-    """Folder for metrics.jsonl, summary.json, curves.png and checkpoints/."""
+    """Folder for metrics.jsonl, samples.jsonl, summary.json, report.html, curves.png and checkpoints/."""
     resume: bool = False
     """Go on from the newest checkpoint in `out`."""
     device: str = "auto"
@@ -102,7 +90,7 @@ class BiLevelCommand:
     data: DataConfig = field(default_factory=DataConfig)
     """Reading of the demonstrations."""
     reward_model: RewardModelOptions = field(default_factory=RewardModelOptions)
-    """Reward network."""
+    """Reward model."""
     train: Annotated[BiLevelConfig, tyro.conf.arg(name="")] = field(default_factory=_default_training)
     """Training."""
 
@@ -120,15 +108,18 @@ def run_bilevel(command: BiLevelCommand) -> int:
     trainer = BiLevelTrainer(
         policy=model,
         engine=TransformersEngine(model, eos_token_id=_eos_ids(model, tokenizer), pad_token_id=pad),
-        reward=_reward_model(command, model),
+        reward=make_reward_model(command.reward_model, model, token_statistics=command.train.reward.token_statistics),
         demonstrations=[*training, *validation],
         heldout=heldout,
         config=command.train,
         pad_token_id=pad,
         out=command.out,
         reference=reference,
+        decode=lambda ids: token_pieces(ids, tokenizer),
         extra_state=tokenizer.save_pretrained,
     )
+    command.out.mkdir(parents=True, exist_ok=True)
+    write_json(command.out / "config.json", json.loads(json.dumps(asdict(command), default=str)))
     if command.resume:
         trainer.resume()
     else:
@@ -170,7 +161,7 @@ def _supervised(
         sampling=command.train.rollout,
         pad_token_id=trainer.pad_token_id,
         seed=derive_seed(command.train.seed, "evaluation", 0),
-        reward=trainer.rewards,
+        reward=trainer.judge,
         reference=reference,
     )
     return {**metrics, "steps": result.steps}
@@ -218,19 +209,6 @@ def _rows(
     unseen = {row.prompt_ids for row in parts[2]}
     learned = [[row for row in part if row.prompt_ids not in unseen] for part in parts[:2]]
     return learned[0], learned[1], parts[2]
-
-
-def _reward_model(command: BiLevelCommand, model: Any) -> RewardModel:
-    options = command.reward_model
-    width = model.config.get_text_config().hidden_size + (2 if command.train.reward.token_statistics else 0)
-    config = RewardModelConfig(
-        hidden_size=width,
-        hidden_sizes=options.hidden_sizes,
-        pooling=options.pooling,
-        dropout=options.dropout,
-        output_bound=options.output_bound,
-    )
-    return RewardModel(config).to(model.device)
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> list[int]:

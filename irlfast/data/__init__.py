@@ -3,7 +3,7 @@
 from .demonstrations import DataError, Demonstration, Message, load_demonstrations
 from .demonstrations import split_demonstrations as split
 from .preferences import Preference, Splits, load_preferences
-from .tokenize import TokenizedDemonstration, TokenizedDemonstrations, tokenize_demonstrations
+from .tokenize import TokenizedDemonstration, TokenizedDemonstrations, token_pieces, tokenize_demonstrations
 
 __all__ = [
     "DataError",
@@ -16,5 +16,6 @@ __all__ = [
     "load_demonstrations",
     "load_preferences",
     "split",
+    "token_pieces",
     "tokenize_demonstrations",
 ]

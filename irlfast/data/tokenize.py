@@ -115,6 +115,22 @@ def tokenize_demonstrations(
     return TokenizedDemonstrations(kept, dropped)
 
 
+def token_pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """The text that each token adds, special tokens as they are written; joined they are the text of the whole.
+
+    A character that several tokens spell out is given to the last of them.
+    """
+    pieces: list[str] = []
+    said = ""
+    for end in range(1, len(ids) + 1):
+        text = str(tokenizer.decode(list(ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        # An unfinished character decodes to U+FFFD, which the next token takes back.
+        whole = text if end == len(ids) else text.rstrip("\ufffd")
+        pieces.append(whole[len(said) :] if whole.startswith(said) else "")
+        said = whole if whole.startswith(said) else said
+    return pieces
+
+
 def _ids(row: Demonstration, tokenizer: Any, prompt_tokens: int) -> tuple[list[int], list[int]]:
     if row.is_text:
         before, ids = _with_leading_special_tokens(row.response, tokenizer)

@@ -23,32 +23,30 @@ class TokenRewards(NamedTuple):
 
     values: [B, S], 0 outside the response.
     kind: how they make up the reward.
-        "mean"    their mean over the response is the reward: the model is additive, these are its own terms.
-        "sum"     their sum over the response is the reward, the same for a model that adds up.
-        "prefix"  an attribution, for a model that is not additive: r(x, y_<=t) - r(x, y_<t), what the reward changed
-                  when the token was added. Their sum is the reward; the first token's holds r(x, y_1), level and all.
+        "mean"         their mean over the response is the reward: the model is additive, these are its own terms.
+        "sum"          their sum over the response is the reward, the same for a model that adds up.
+        "attribution"  their sum is the reward, but the model is not additive: each says how much the answer owes to the
+                       token, by a rule of the model's (its `token_rewards` says which), the level shared evenly.
     """
 
     values: Tensor
-    kind: Literal["mean", "sum", "prefix"]
+    kind: Literal["mean", "sum", "attribution"]
 
     def total(self, mask: Tensor) -> Tensor:
-        """The raw rewards [B] that the tokens' make up over `mask` [B, S]."""
+        """The raw rewards [B] that the tokens' make up over `mask` [B, S]; 0 for an empty response."""
         total = self.values.masked_fill(~mask, 0.0).sum(1, dtype=torch.float64)
         if self.kind == "mean":
             total = total / mask.sum(1).clamp(min=1)
         return total.to(self.values.dtype)
 
     def above(self, level: float, mask: Tensor) -> Tensor:
-        """[B, S], the same with `level` taken off each reward: off every token, its share, or the first ("prefix").
+        """[B, S], the same with `level` taken off each response's reward, an equal share off each of its tokens.
 
         With the normaliser's mean for a level, the sign says whether a token speaks for or against its response.
         """
-        if self.kind == "prefix":
-            share = level * (mask & (mask.cumsum(1) == 1)).to(self.values.dtype)
-        else:
-            tokens = mask.sum(1, keepdim=True).clamp(min=1).to(self.values.dtype)
-            share = level / (tokens if self.kind == "sum" else torch.ones_like(tokens))
+        share: float | Tensor = level
+        if self.kind != "mean":
+            share = level / mask.sum(1, keepdim=True).clamp(min=1).to(self.values.dtype)
         return (self.values - share).masked_fill(~mask, 0.0)
 
 
@@ -89,6 +87,11 @@ class BaseRewardModel(nn.Module, ABC):
         Raises:
             ValueError: fewer than two rows, or a feature that is not finite.
         """
+
+    @property
+    def has_token_rewards(self) -> bool:
+        """Whether `token_rewards` answers."""
+        return False
 
     def token_rewards(self, *inputs: Any, **named: Any) -> TokenRewards:
         """Rewards of the response's tokens, without gradient, dropout off.
@@ -157,14 +160,20 @@ class BaseRewardModel(nn.Module, ABC):
         return model
 
 
-def prefix_differences(so_far: Tensor, mask: Tensor) -> TokenRewards:
-    """What each token of the mask changed, from the reward [B, S] of the prefix that ends at each position."""
+def prefix_differences(so_far: Tensor, mask: Tensor, start: Tensor) -> TokenRewards:
+    """What each token of the mask changed: r(x, y_<=t) - r(x, y_<t), and an equal share of where it started.
+
+    Args:
+        so_far: [B, S], the reward of the prefix that ends at each token of the mask.
+        mask: [B, S] bool. start: [B], the reward of the empty prefix.
+    """
     # Between tokens of the mask the last one's prefix still stands.
     positions = torch.arange(mask.shape[1], device=mask.device)
     latest = torch.where(mask, positions, 0).cummax(1).values
-    so_far = so_far.gather(1, latest).masked_fill(mask.cumsum(1) == 0, 0.0)
-    before = nn.functional.pad(so_far[:, :-1], (1, 0))
-    return TokenRewards((so_far - before).masked_fill(~mask, 0.0), "prefix")
+    so_far = torch.where(mask.cumsum(1) == 0, start[:, None], so_far.gather(1, latest))
+    change = so_far - torch.cat([start[:, None], so_far[:, :-1]], dim=1)
+    change = change + (start / mask.sum(1).clamp(min=1))[:, None]
+    return TokenRewards(change.masked_fill(~mask, 0.0), "attribution")
 
 
 @contextmanager

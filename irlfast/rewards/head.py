@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .base import BaseRewardModel, TokenRewards, evaluating, prefix_differences
-from .pooling import pool, pooling_kinds, prefix_pool
+from .pooling import pool, pooling_kinds
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
@@ -119,23 +120,49 @@ class PooledRewardModel(BaseRewardModel):
         """Raw rewards [B], float32 (float64 for a float64 model). Positions outside the mask are not read."""
         return self.head(self.features(*inputs, **named))
 
+    @property
+    def has_token_rewards(self) -> bool:
+        return True
+
     @torch.no_grad()
     def token_rewards(self, *inputs: Any, **named: Any) -> TokenRewards:
-        """The terms of a linear reward on mean-pooled states ("mean"); for any other, "prefix": see TokenRewards.
+        """The terms of a linear reward on mean-pooled states ("mean"); for any other an attribution.
 
-        "prefix" takes the states of a prefix for those of the whole, as they are in a causal language model.
+        With pooling "last" it is what the reward changed at each token, the average features before the first (a causal
+        model's states: those of a prefix do not know what follows). With other poolings it is integrated gradients
+        (Sundararajan et al. 2017, arXiv 1703.01365) from the average features to the response's, each feature's share
+        given to the tokens that it was pooled from. What the quadrature misses is shared evenly.
         """
         with evaluating(self):
             states, mask = self.states(*inputs, **named)
             if self.config.is_additive:
                 terms = self.head(self._standardise(states))
                 return TokenRewards(terms.masked_fill(~mask, 0.0), "mean")
-            # One row at a time: S pooled vectors each.
-            parts = [
-                self.head(self._standardise(prefix_pool(s, m, self.config.pooling)))
-                for s, m in zip(states, mask, strict=True)
-            ]
-        return prefix_differences(torch.stack(parts) if parts else states.new_zeros(mask.shape), mask)
+            average = self.head(torch.zeros_like(self.feature_mean)).expand(mask.shape[0])
+            if pooling_kinds(self.config.pooling) == ("last",):
+                return prefix_differences(self.head(self._standardise(states)), mask, average)
+            features = self._standardise(pool(states, mask, self.config.pooling))
+            values = self._shares(states, mask, features, _integrated_gradient(self.head, features))
+            missed = self.head(features) - values.sum(1)
+        values = values + (missed / mask.sum(1).clamp(min=1))[:, None]
+        return TokenRewards(values.masked_fill(~mask, 0.0), "attribution")
+
+    def _shares(self, states: Tensor, mask: Tensor, features: Tensor, gradient: Tensor) -> Tensor:
+        """[B, S], features [B, F] times gradient [B, F], given to the tokens that each feature was pooled from."""
+        shares = torch.zeros(mask.shape, dtype=features.dtype, device=features.device)
+        kinds = pooling_kinds(self.config.pooling)
+        parts = (x.chunk(len(kinds), dim=-1) for x in (features, gradient, self.feature_mean, self.feature_std))
+        for kind, feature, slope, mean, std in zip(kinds, *parts, strict=True):
+            if kind == "mean":
+                scaled = (states.to(mean.dtype) - mean) / std
+                terms = (scaled * slope[:, None]).sum(2) / mask.sum(1, keepdim=True).clamp(min=1)
+                shares = shares + terms.masked_fill(~mask, 0.0)
+            else:
+                masked = states.masked_fill(~mask[..., None], float("-inf"))
+                steps = torch.arange(mask.shape[1], device=mask.device)
+                last = torch.where(mask, steps, 0).amax(1, keepdim=True).expand(feature.shape)
+                shares = shares.scatter_add(1, masked.argmax(1) if kind == "max" else last, feature * slope)
+        return shares
 
     def _standardise(self, pooled: Tensor) -> Tensor:
         return (pooled.to(self.feature_mean.dtype) - self.feature_mean) / self.feature_std
@@ -157,6 +184,18 @@ class PooledRewardModel(BaseRewardModel):
         mean, std = feature_scale(pool(states[rows], mask[rows], self.config.pooling))
         self.feature_mean.copy_(mean)
         self.feature_std.copy_(std)
+
+
+def _integrated_gradient(function: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
+    """Mean gradient [B, F] of `function` on the line from 0 to each of the features [B, F] (Gauss-Legendre)."""
+    nodes, weights = np.polynomial.legendre.leggauss(32)
+    total = torch.zeros_like(features)
+    for node, weight in zip(nodes.tolist(), weights.tolist(), strict=True):
+        with torch.enable_grad():
+            point = ((node + 1) / 2 * features).requires_grad_()
+            (gradient,) = torch.autograd.grad(function(point).sum(), point)
+        total += weight / 2 * gradient
+    return total
 
 
 def feature_scale(rows: Tensor) -> tuple[Tensor, Tensor]:

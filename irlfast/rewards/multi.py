@@ -104,14 +104,11 @@ class _Parts(BaseRewardModel):
         """The weighted sum of the parts' rewards a token, which are of one kind or all brought to sums."""
         given = [part.token_rewards(*inputs) for part in self._parts()]
         kinds = {rewards.kind for rewards in given}
-        mask = inputs[1]
-        kind = given[0].kind if len(kinds) == 1 else ("prefix" if "prefix" in kinds else "sum")
+        kind = given[0].kind if len(kinds) == 1 else "attribution" if "attribution" in kinds else "sum"
+        length = inputs[1].sum(1, keepdim=True).clamp(min=1)
         total = torch.zeros_like(given[0].values)
-        for weight, rewards in zip(weights, given, strict=True):
-            values = rewards.values
-            if rewards.kind == "mean" and kind != "mean":
-                values = values / mask.sum(1, keepdim=True).clamp(min=1)
-            total = total + weight * values
+        for weight, (values, own) in zip(weights, given, strict=True):
+            total = total + weight * (values / length if own == "mean" and kind != "mean" else values)
         return TokenRewards(total, kind)
 
 
@@ -139,8 +136,12 @@ class MultiRewardModel(_Parts):
         rewards = self.components(*inputs)
         return torch.stack([p.weight * rewards[p.name] for p in self.config.parts]).sum(0)
 
+    @property
+    def has_token_rewards(self) -> bool:
+        return True
+
     def token_rewards(self, *inputs: Any) -> TokenRewards:
-        """The weighted sum of the heads'; of kind "prefix" as soon as one of them is."""
+        """The weighted sum of the heads'; an attribution as soon as one of them is."""
         return self._token_rewards(inputs, [p.weight for p in self.config.parts])
 
 
@@ -174,13 +175,17 @@ class EnsembleRewardModel(_Parts):
         parts = self.components(*inputs)
         return parts["mean"] - self.config.penalty * parts["disagreement"]
 
+    @property
+    def has_token_rewards(self) -> bool:
+        return self.config.penalty == 0.0
+
     def token_rewards(self, *inputs: Any) -> TokenRewards:
         """The mean of the members'. A penalty for disagreement belongs to the response, not to its tokens.
 
         Raises:
             NotImplementedError: with a penalty, which the tokens' rewards would not add up to.
         """
-        if self.config.penalty > 0.0:
+        if not self.has_token_rewards:
             raise NotImplementedError(
                 f"an ensemble with penalty = {self.config.penalty} has no rewards a token: the standard deviation "
                 "over its members is that of whole responses. Use the members' own, model.parts[...].token_rewards"

@@ -65,32 +65,6 @@ def pool(hidden_states: Tensor, mask: Tensor, kind: str | Sequence[str] = "last"
     return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=-1)
 
 
-def prefix_pool(hidden_states: Tensor, mask: Tensor, kind: str | Sequence[str] = "last") -> Tensor:
-    """Pool one row's hidden states over each of its prefixes.
-
-    Args:
-        hidden_states: [S, H]. mask: [S] bool. kind: as for `pool`.
-
-    Returns:
-        [S, H * number of kinds]; row t is what `pool` gives for the mask without what follows t.
-    """
-    if hidden_states.dtype not in (torch.float32, torch.float64):
-        hidden_states = hidden_states.float()
-    count = mask.cumsum(0)[:, None]
-    parts = []
-    for name in pooling_kinds(kind):
-        if name == "mean":
-            total = hidden_states.masked_fill(~mask[:, None], 0.0).cumsum(0, dtype=torch.float64)
-            pooled = (total / count.clamp(min=1)).to(hidden_states.dtype)
-        elif name == "max":
-            pooled = hidden_states.masked_fill(~mask[:, None], float("-inf")).cummax(0).values
-        else:
-            positions = torch.arange(mask.shape[0], device=mask.device)
-            pooled = hidden_states[torch.where(mask, positions, 0).cummax(0).values]
-        parts.append(pooled.masked_fill(count == 0, 0.0))
-    return torch.cat(parts, dim=-1)
-
-
 def _last(hidden_states: Tensor, mask: Tensor) -> Tensor:
     positions = torch.arange(mask.shape[1], device=mask.device)
     last = torch.where(mask, positions, 0).amax(1)

@@ -7,6 +7,7 @@ may stand two numbers of the same pass: the token's log-prob and the entropy it 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -36,6 +37,11 @@ class ReaderConfig:
     def width(self, hidden_size: int) -> int:
         """Features a position, for a language model of width `hidden_size`."""
         return hidden_size + (2 if self.token_statistics else 0)
+
+
+def lasting_name(name: str) -> str:
+    """A model's name that holds wherever it is read: the absolute path of a folder, a hub name as it is."""
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
 class Reading(NamedTuple):

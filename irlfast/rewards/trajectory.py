@@ -103,14 +103,19 @@ class TrajectoryRewardModel(BaseRewardModel):
             return rewards.masked_fill(~mask, 0.0).sum(1, dtype=torch.float64).to(rewards.dtype)
         return pool(rewards[..., None], mask, self.config.reduction)[:, 0]
 
+    @property
+    def has_token_rewards(self) -> bool:
+        return True
+
     @torch.no_grad()
     def token_rewards(self, hidden_states: Tensor, mask: Tensor, context_mask: Tensor | None = None) -> TokenRewards:
-        """The rewards a token that the mean or sum is made of; for "last" what each token changed ("prefix")."""
+        """The rewards a token that the mean or sum is made of; for "last" what each changed, the first nothing."""
         with evaluating(self):
             rewards = self._rewards(hidden_states, mask, context_mask)
         if self.config.reduction != "last":
             return TokenRewards(rewards.masked_fill(~mask, 0.0), self.config.reduction)
-        return prefix_differences(rewards, mask)
+        first = (mask & (mask.cumsum(1) == 1)).to(rewards.dtype)
+        return prefix_differences(rewards, mask, (rewards * first).sum(1))
 
     @torch.no_grad()
     def fit_feature_scale(self, hidden_states: Tensor, mask: Tensor, context_mask: Tensor | None = None) -> None:

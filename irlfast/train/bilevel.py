@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +31,23 @@ import torch
 from torch import Tensor, nn
 
 from irlfast.data import TokenizedDemonstration
-from irlfast.losses import Objective
-from irlfast.rewards import BaseRewardModel, ReaderConfig, read
+from irlfast.losses import Objective, group_advantages
+from irlfast.rewards import BaseRewardModel, ReaderConfig, TokenRewards, read
+from irlfast.rewards.base import evaluating
+from irlfast.rewards.reader import lasting_name
 from irlfast.rollout import RolloutEngine, Sequences
 
-from . import state
+from . import monitors, state
 from .config import BiLevelConfig
-from .evaluation import SampleMetrics, evaluate_policy
+from .evaluation import OnJudged, SampleMetrics, evaluate_policy
 from .experience import Experience, Scored
-from .log import Progress, RunLog
+from .log import Progress, RunLog, read_log
 from .lora import SharedReference, add_lora, is_lora
 from .metrics import prefixed_means
 from .policy_update import PolicyUpdate
 from .replay import Replay
 from .reward_update import Replayed, RewardUpdate
+from .samples import Decode, Judgement, evaluation_record
 from .scoring import response_scores, sequence_sum
 from .seeds import EndlessDraws, derive_seed
 
@@ -61,12 +65,13 @@ class BiLevelTrainer:
         heldout: demonstrations for evaluation only.
         config: see BiLevelConfig.
         pad_token_id: fills the right of shorter rows.
-        out: folder for metrics.jsonl and checkpoints/; None keeps nothing on disk.
+        out: folder for metrics.jsonl, samples.jsonl and checkpoints/; None keeps nothing on disk.
         reference: frozen causal LM. Required by regularizer="kl" (it is the base b), and by a reward on hidden states
             where `features` is None.
         features: (input_ids, attention_mask) -> [B, S, H], what a reward on hidden states reads; None: the reference's,
             as `reward.source` says, by default the last layer's.
         sample_metrics: further metrics of the evaluation's samples.
+        decode: token ids -> as many pieces of text, for samples.jsonl; None writes the ids.
         extra_state: writes further files of every checkpoint (a tokenizer's, for instance), given the folder of its
             policy.
 
@@ -88,6 +93,7 @@ class BiLevelTrainer:
         reference: nn.Module | None = None,
         features: FeatureFunction | None = None,
         sample_metrics: SampleMetrics | None = None,
+        decode: Decode | None = None,
         extra_state: Callable[[Path], None] | None = None,
     ) -> None:
         if not heldout:
@@ -114,6 +120,7 @@ class BiLevelTrainer:
         self.reference = reference.requires_grad_(False).eval() if reference is not None else None
         self._features = features
         self._sample_metrics = sample_metrics
+        self._decode = decode
         self._extra_state = extra_state
         self.draws = EndlessDraws(list(demonstrations), config.seed, "demonstrations")
         self.data_digest = _digest([*demonstrations, *self.heldout])
@@ -173,15 +180,25 @@ class BiLevelTrainer:
             gathered = self._gather()
             policy_rows.append(self.policy_step(gathered))
             experience.append(gathered)
+        before = self._group_rewards(experience[-1]) if experience else None
         for step in range(self.config.reward_steps):
             gathered = experience[step] if step < len(experience) else self._gather()
             reward_rows.append(self.reward_step(gathered))
+        if before is not None and reward_rows:
+            # How much of what the policy was just told still holds.
+            change = self._group_rewards(experience[-1]) - before
+            drift = float(change.norm() / before.norm()) if float(before.norm()) > 0 else 0.0
+            reward_rows = [{**row, "advantage_drift": drift} for row in reward_rows]
         return {**prefixed_means("policy", policy_rows), **prefixed_means("reward", reward_rows)}
 
     def _warm_up(self, log: RunLog | None) -> None:
         rows = [self.reward_step(self._gather()) for _ in range(self.config.reward_warmup_steps)]
         if rows and log is not None:
             log.write("warmup", 0, prefixed_means("reward", rows[-10:]))
+
+    def _group_rewards(self, experience: Experience) -> Tensor:
+        """Served rewards [B] less the mean of their prompt's: the reward's share of the advantages."""
+        return group_advantages(self.reward.serve(*experience.scored.inputs), experience.samples.groups, kind="dr_grpo")
 
     # Steps
 
@@ -287,9 +304,20 @@ class BiLevelTrainer:
     def rewards(self, sequences: Sequences) -> Tensor:
         """Raw learned reward of each sequence: [B], no gradient."""
         with torch.no_grad():
-            return self.reward(*self._score(sequences).inputs)
+            return self.judge(sequences).rewards
 
-    def evaluate(self) -> dict[str, float]:
+    @torch.no_grad()
+    def judge(self, sequences: Sequences) -> Judgement:
+        """Raw learned rewards, and what they are made of where the reward model has named components."""
+        inputs = self._score(sequences).inputs
+        with evaluating(self.reward):
+            return Judgement(rewards=self.reward(*inputs), components=self.reward.components(*inputs))
+
+    def token_rewards(self, sequences: Sequences) -> TokenRewards:
+        """Raw learned rewards of the tokens of each sequence; NotImplementedError where the model has none."""
+        return self.reward.token_rewards(*self._score(sequences).inputs)
+
+    def evaluate(self, on_judged: OnJudged | None = None) -> dict[str, float]:
         """Held-out metrics of the policy and the reward as they are (see evaluate_policy)."""
         return evaluate_policy(
             policy=self.policy,
@@ -298,18 +326,36 @@ class BiLevelTrainer:
             sampling=self.config.rollout,
             pad_token_id=self.pad_token_id,
             seed=derive_seed(self.config.seed, "evaluation", 0),
-            reward=self.rewards,
+            reward=self.judge,
             reference=self.reference,
             sample_metrics=self._sample_metrics,
+            on_judged=on_judged,
         )
 
     def _evaluate(self, log: RunLog | None, progress: Progress) -> dict[str, float]:
-        metrics = self.evaluate()
+        metrics = self.evaluate(None if log is None else partial(self._record, log))
         if log is not None:
             log.write("eval", self.iteration, metrics)
+            for alert in monitors.check(read_log(log.path), self.config.monitors):
+                log.write("warning", self.iteration, asdict(alert))
+                progress.warn(f"iteration {self.iteration}: {alert.seen} {alert.advice}")
         shown = {k: v for k, v in metrics.items() if not k.startswith("expert_") or k == "expert_token_logprob"}
         progress.note(f"iteration {self.iteration}", shown)
         return metrics
+
+    def _record(self, log: RunLog, policy: tuple[Sequences, Judgement], experts: tuple[Sequences, Judgement]) -> None:
+        """Keep what a person wants to read of an evaluation."""
+        log.samples.append(
+            evaluation_record(
+                self.iteration,
+                policy=policy,
+                experts=experts,
+                token_rewards=self.token_rewards if self.reward.has_token_rewards else None,
+                decode=self._decode,
+                level=float(self.reward.normalizer.mean),
+                scale=self.reward.normalizer.scale,
+            )
+        )
 
     def _checkpoint(self) -> None:
         if self.out is not None:
@@ -345,7 +391,7 @@ def _set_source(reward: BaseRewardModel, reference: Any, config: BiLevelConfig) 
     statistics = config.reward.token_statistics
     if reward.source is None:
         name = getattr(getattr(reference, "config", None), "name_or_path", "")
-        reward.source = ReaderConfig(model=name, token_statistics=statistics)
+        reward.source = ReaderConfig(model=lasting_name(name), token_statistics=statistics)
     elif reward.source.token_statistics != statistics:
         raise ValueError(
             f"reward.token_statistics is {statistics}, the reward model was made with {reward.source}: let both agree"

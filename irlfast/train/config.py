@@ -9,6 +9,7 @@ from irlfast.losses import Objective, make_objective
 from irlfast.losses.aggregation import Aggregation
 from irlfast.rollout import SamplingParams
 
+from .monitors import MonitorConfig
 from .policy_kinds import RECIPES, Advantage, PolicyUpdateKind
 
 
@@ -265,6 +266,8 @@ class BiLevelConfig:
     """Policy update."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     """Reward update."""
+    monitors: MonitorConfig = field(default_factory=MonitorConfig)
+    """Where the warnings of reward hacking draw the line."""
 
     def __post_init__(self) -> None:
         require(self.iterations >= 0, "iterations", self.iterations, "a count of at least 0")

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from irlfast.data import TokenizedDemonstration
-from irlfast.eval.text import repetition, roc_auc
+from irlfast.eval.text import rank_correlation, repetition, roc_auc
 from irlfast.rollout import RolloutEngine, Rollouts, SamplingParams, Sequences
 
+from .samples import Judgement
 from .scoring import response_scores, sequence_sum
 
-RewardFunction = Callable[[Sequences], Tensor]
+RewardFunction = Callable[[Sequences], Tensor | Judgement]
+OnJudged = Callable[[tuple[Sequences, Judgement], tuple[Sequences, Judgement]], None]
 SampleMetrics = Callable[[Rollouts], Mapping[str, float]]
 
 
@@ -35,6 +37,7 @@ def evaluate_policy(
     reward: RewardFunction | None = None,
     reference: nn.Module | None = None,
     sample_metrics: SampleMetrics | None = None,
+    on_judged: OnJudged | None = None,
 ) -> dict[str, float]:
     """Sample one response to each held-out prompt and compare with the held-out demonstrations.
 
@@ -46,8 +49,11 @@ def evaluate_policy(
         entropy: mean -log pi(y|x) of the samples, nats a response (an estimate of the policy's entropy).
         kl, kl_per_token: mean log pi - log ref over the samples, nats a response and a token; with a reference only.
         reward_auc: chance that a demonstration's reward exceeds a sample's; reward_expert, reward_sample: their means.
-            With a reward only.
-        and whatever `sample_metrics` makes of the samples.
+            With a reward only, as are
+        reward_length, reward_repetition: rank correlation of the samples' rewards with their length and repetition.
+        NAME_expert, NAME_sample: means of each component of the reward, where it has any.
+        and whatever `sample_metrics` makes of the samples. `on_judged` is called with the samples and the
+        demonstrations, each with what the reward says of them.
     """
     was_training = policy.training
     policy.eval()
@@ -63,13 +69,14 @@ def evaluate_policy(
 
     logprob = sequence_sum(sample_stats.logprob, samples)
     lengths = samples.response_lengths.float()
+    repeated = [repetition(tokens) for tokens in response_tokens(samples)]
     metrics = {
         "expert_token_logprob": float(expert_stats.logprob.sum() / experts.response_mask.sum()),
         "length": float(lengths.mean()),
         "expert_length": float(experts.response_lengths.float().mean()),
         "stopped": sum(reason == "stop" for reason in samples.finish_reasons) / len(samples),
         "expert_stopped": sum(not row.truncated for row in heldout) / len(heldout),
-        "repetition": _mean(repetition(tokens) for tokens in response_tokens(samples)),
+        "repetition": _mean(repeated),
         "expert_repetition": _mean(repetition(tokens) for tokens in response_tokens(experts)),
         "entropy": float(-logprob.mean()),
     }
@@ -78,13 +85,25 @@ def evaluate_policy(
         metrics["kl"] = float(gap.mean())
         metrics["kl_per_token"] = float(gap.sum() / lengths.sum())
     if reward is not None:
-        expert_reward, sample_reward = reward(experts), reward(samples)
-        metrics["reward_auc"] = roc_auc(expert_reward, sample_reward)
-        metrics["reward_expert"] = float(expert_reward.mean())
-        metrics["reward_sample"] = float(sample_reward.mean())
+        of_experts, of_samples = _judge(reward, experts), _judge(reward, samples)
+        metrics["reward_auc"] = roc_auc(of_experts.rewards, of_samples.rewards)
+        metrics["reward_expert"] = float(of_experts.rewards.mean())
+        metrics["reward_sample"] = float(of_samples.rewards.mean())
+        metrics["reward_length"] = rank_correlation(of_samples.rewards, lengths)
+        metrics["reward_repetition"] = rank_correlation(of_samples.rewards, lengths.new_tensor(repeated))
+        for name, values in of_experts.components.items():
+            metrics[f"{name}_expert"] = float(values.mean())
+            metrics[f"{name}_sample"] = float(of_samples.components[name].mean())
+        if on_judged is not None:
+            on_judged((samples, of_samples), (experts, of_experts))
     if sample_metrics is not None:
         metrics.update(sample_metrics(samples))
     return metrics
+
+
+def _judge(reward: RewardFunction, sequences: Sequences) -> Judgement:
+    said = reward(sequences)
+    return said if isinstance(said, Judgement) else Judgement(rewards=said)
 
 
 def _mean(values: object) -> float:

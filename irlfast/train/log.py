@@ -10,11 +10,13 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
+
+_L = TypeVar("_L", bound="JsonLines")
 
 
-class RunLog:
-    """Appends rows to a JSON-lines file, each flushed as it is written.
+class JsonLines:
+    """Appends objects to a JSON-lines file, each flushed as it is written. Every object has an "iteration".
 
     Args:
         path: the file. With `resume_from` None a file that is there is an error, so that no run overwrites another.
@@ -33,7 +35,44 @@ class RunLog:
             os.replace(temporary, path)
         self.path = path
         self._file = path.open("a", encoding="utf-8")
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one row; its numbers are finite."""
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self: _L) -> _L:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class RunLog(JsonLines):
+    """A run's metrics, one row of numbers at a time."""
+
+    def __init__(self, path: Path, *, resume_from: int | None = None) -> None:
+        super().__init__(path, resume_from=resume_from)
+        self._resume_from = resume_from
+        self._samples: JsonLines | None = None
         self._start = time.perf_counter()
+
+    @property
+    def samples(self) -> JsonLines:
+        """``samples.jsonl`` beside the log (irlfast.train.samples), made when it is first asked for."""
+        if self._samples is None:
+            self._samples = JsonLines(self.path.with_name("samples.jsonl"), resume_from=self._resume_from)
+        return self._samples
+
+    def close(self) -> None:
+        super().close()
+        if self._samples is not None:
+            self._samples.close()
 
     def write(self, kind: str, iteration: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Append one row: its kind ("train", "eval"), the iteration, the seconds since this process began, the values.
@@ -45,20 +84,8 @@ class RunLog:
         for key, value in values.items():
             number = float(value) if not isinstance(value, (int, str)) else value
             row[key] = None if isinstance(number, float) and not math.isfinite(number) else number
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self.append(row)
         return row
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> RunLog:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def read_log(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
@@ -106,6 +133,14 @@ class Progress:
         """Move the bar to `done` and show a few values beside it."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done, note=_short(values))
+
+    def warn(self, text: str) -> None:
+        """Say something that a person should act on."""
+        line = f"{self._description}: warning: {text}"
+        if self._bar is not None:
+            self._bar.console.print(line, style="yellow", highlight=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
     def note(self, text: str, values: Mapping[str, Any]) -> None:
         """Say something that stays on the screen: the figures of an evaluation."""
