@@ -9,6 +9,7 @@ import tyro
 
 from .bilevel import BiLevelCommand, run_bilevel
 from .demo import DemoCommand, run_demo
+from .report import ReportCommand, run_report
 
 Subcommand = Callable[[], int]
 
@@ -23,6 +24,11 @@ def _demo(command: Annotated[DemoCommand, tyro.conf.arg(name="")]) -> Subcommand
     return lambda: run_demo(command)
 
 
+def _report(command: Annotated[ReportCommand, tyro.conf.arg(name="")]) -> Subcommand:
+    """Write one self-contained HTML page of a run: curves, warnings, reward histograms, best and worst samples."""
+    return lambda: run_report(command)
+
+
 def _doctor() -> Subcommand:
     """Show what was built, which instruction set and devices are there, and which optional packages are missing."""
     from irlfast.doctor import main
@@ -30,4 +36,9 @@ def _doctor() -> Subcommand:
     return main
 
 
-SUBCOMMANDS: dict[str, Callable[..., Subcommand]] = {"demo": _demo, "bilevel": _bilevel, "doctor": _doctor}
+SUBCOMMANDS: dict[str, Callable[..., Subcommand]] = {
+    "demo": _demo,
+    "bilevel": _bilevel,
+    "report": _report,
+    "doctor": _doctor,
+}

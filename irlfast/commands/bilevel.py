@@ -15,6 +15,7 @@ import tyro
 
 from irlfast.data import TokenizedDemonstration, load_demonstrations, split, token_pieces, tokenize_demonstrations
 from irlfast.report import plot_curves, print_comparison, write_json
+from irlfast.reporting import write_report
 from irlfast.rollout import SamplingParams, TransformersEngine
 from irlfast.train import BiLevelConfig, BiLevelTrainer, OptimizerConfig, PolicyConfig, RewardConfig
 from irlfast.train.config import require
@@ -133,6 +134,7 @@ def run_bilevel(command: BiLevelCommand) -> int:
     summary = {name: {k: v for k, v in row.items() if k not in ("kind", "iteration")} for name, row in columns.items()}
     write_json(command.out / "summary.json", summary)
     plot_curves(command.out / "metrics.jsonl", command.out / "curves.png")
+    write_report(command.out, command.out / "report.html")
     print_comparison(summary)
     print(f"Results are in {command.out}")
     return 0
