@@ -1,4 +1,7 @@
-"""The ``irlfast`` command: `demo`, `bilevel`, `doctor`. Each subcommand is one configuration class and one function."""
+"""The ``irlfast`` command: `demo`, `bilevel`, `score`, `report`, `doctor`.
+
+Each subcommand is one configuration class and one function.
+"""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import tyro
 from .bilevel import BiLevelCommand, run_bilevel
 from .demo import DemoCommand, run_demo
 from .report import ReportCommand, run_report
+from .score import ScoreCommand, run_score
 
 Subcommand = Callable[[], int]
 
@@ -29,6 +30,11 @@ def _report(command: Annotated[ReportCommand, tyro.conf.arg(name="")]) -> Subcom
     return lambda: run_report(command)
 
 
+def _score(command: Annotated[ScoreCommand, tyro.conf.arg(name="")]) -> Subcommand:
+    """Score new text by a learned reward: raw, normalised, and token by token where the reward model gives that."""
+    return lambda: run_score(command)
+
+
 def _doctor() -> Subcommand:
     """Show what was built, which instruction set and devices are there, and which optional packages are missing."""
     from irlfast.doctor import main
@@ -40,5 +46,6 @@ SUBCOMMANDS: dict[str, Callable[..., Subcommand]] = {
     "demo": _demo,
     "bilevel": _bilevel,
     "report": _report,
+    "score": _score,
     "doctor": _doctor,
 }

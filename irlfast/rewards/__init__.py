@@ -18,6 +18,7 @@ is the response's tokens, context_mask prompt and response. "tokens" is (input_i
 from .backbone import BackboneRewardConfig, BackboneRewardModel
 from .base import BaseRewardModel, TokenRewards
 from .create import create_reward_model
+from .export import ExportError, export_sequence_classifier
 from .head import HeadConfig
 from .model import RewardModel, RewardModelConfig
 from .multi import EnsembleRewardConfig, EnsembleRewardModel, MultiRewardConfig, MultiRewardModel, RewardPart
@@ -33,6 +34,7 @@ __all__ = [
     "BaseRewardModel",
     "EnsembleRewardConfig",
     "EnsembleRewardModel",
+    "ExportError",
     "HeadConfig",
     "MultiRewardConfig",
     "MultiRewardModel",
@@ -45,6 +47,7 @@ __all__ = [
     "TrajectoryRewardConfig",
     "TrajectoryRewardModel",
     "create_reward_model",
+    "export_sequence_classifier",
     "load_reward_model",
     "pool",
     "read",

@@ -101,5 +101,12 @@ def _with_lora(backbone: nn.Module, config: BackboneRewardConfig) -> nn.Module:
     except ImportError as cause:
         raise ImportError('tuning = "lora" needs peft: pip install "irlfast[lora]"') from cause
     targets = config.lora_targets if isinstance(config.lora_targets, str) else list(config.lora_targets)
-    adapters = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets)
+    from transformers.pytorch_utils import Conv1D
+
+    adapters = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in backbone.modules()),  # GPT-2's are transposed
+    )
     return get_peft_model(backbone, adapters)

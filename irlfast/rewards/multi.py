@@ -37,6 +37,7 @@ class RewardPart:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "options", _plain(self.options))
         if not self.name.isidentifier():
             raise ValueError(
                 f"name {self.name!r} must be letters, digits and _: it names a metric and a file's tensors"
@@ -80,6 +81,7 @@ class EnsembleRewardConfig:
     penalty: float = 0.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "options", _plain(self.options))
         require_positive_int("members", self.members)
         if self.members < 2:
             raise ValueError(f"members must be at least 2 to disagree, got {self.members}")
@@ -191,6 +193,11 @@ class EnsembleRewardModel(_Parts):
                 "over its members is that of whole responses. Use the members' own, model.parts[...].token_rewards"
             )
         return self._token_rewards(inputs, [1.0 / self.config.members] * self.config.members)
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with tuples for lists: what was read back from JSON equals what was written."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
 
 
 def _part(model_type: str, options: Mapping[str, Any], name: str) -> BaseRewardModel:

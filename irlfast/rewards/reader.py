@@ -6,6 +6,7 @@ may stand two numbers of the same pass: the token's log-prob and the entropy it 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -28,11 +29,13 @@ class ReaderConfig:
         model: folder or hub name of the causal language model; "" where it has none.
         layer: which of its hidden states, as an index of transformers' `hidden_states`; -1 is the last, after the norm.
         token_statistics: also read each response token's log-prob and entropy: the width is then H + 2.
+        weights: `weights_digest` of that model, which tells it from one of the same name or width; "" is unknown.
     """
 
     model: str = ""
     layer: int = -1
     token_statistics: bool = True
+    weights: str = ""
 
     def width(self, hidden_size: int) -> int:
         """Features a position, for a language model of width `hidden_size`."""
@@ -42,6 +45,20 @@ class ReaderConfig:
 def lasting_name(name: str) -> str:
     """A model's name that holds wherever it is read: the absolute path of a folder, a hub name as it is."""
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+
+@torch.no_grad()
+def weights_digest(model: nn.Module) -> str:
+    """Sixteen hexadecimal digits that tell a model from others and from most of its tuned forms; "" without weights.
+
+    From the first values of every parameter, in bfloat16, so that it is the same however the model was cast.
+    """
+    digest = hashlib.sha256()
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        values = parameter.detach().flatten()[:64].to("cpu", torch.bfloat16)
+        digest.update(values.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16] if parameters else ""
 
 
 class Reading(NamedTuple):

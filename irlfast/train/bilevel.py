@@ -34,7 +34,7 @@ from irlfast.data import TokenizedDemonstration
 from irlfast.losses import Objective, group_advantages
 from irlfast.rewards import BaseRewardModel, ReaderConfig, TokenRewards, read
 from irlfast.rewards.base import evaluating
-from irlfast.rewards.reader import lasting_name
+from irlfast.rewards.reader import lasting_name, weights_digest
 from irlfast.rollout import RolloutEngine, Sequences
 
 from . import monitors, state
@@ -391,7 +391,9 @@ def _set_source(reward: BaseRewardModel, reference: Any, config: BiLevelConfig) 
     statistics = config.reward.token_statistics
     if reward.source is None:
         name = getattr(getattr(reference, "config", None), "name_or_path", "")
-        reward.source = ReaderConfig(model=lasting_name(name), token_statistics=statistics)
+        reward.source = ReaderConfig(
+            model=lasting_name(name), token_statistics=statistics, weights=weights_digest(reference)
+        )
     elif reward.source.token_statistics != statistics:
         raise ValueError(
             f"reward.token_statistics is {statistics}, the reward model was made with {reward.source}: let both agree"

@@ -168,7 +168,8 @@ def test_every_metric_is_logged_in_every_iteration(
     for row in rows:
         assert None not in row.values()
         if row["kind"] == "train":
-            assert set(row) - common == {f"policy/{k}" for k in policy} | {f"reward/{k}" for k in REWARD_KEYS}
+            reward = REWARD_KEYS | {"advantage_drift"}
+            assert set(row) - common == {f"policy/{k}" for k in policy} | {f"reward/{k}" for k in reward}
         elif row["kind"] == "warmup":
             assert set(row) - common == {f"reward/{k}" for k in REWARD_KEYS}
     assert {k: v for k, v in rows[-1].items() if k not in common} == last

@@ -1,0 +1,230 @@
+"""A saved reward as a function of text: tokenised as its training data were, read by the same language model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from irlfast.data import DataError, Demonstration, TokenizedDemonstration, token_pieces, tokenize_demonstrations
+from irlfast.rewards import BaseRewardModel, load_reward_model, reward_inputs
+from irlfast.rewards.base import evaluating
+from irlfast.rewards.reader import weights_digest
+from irlfast.rollout import Sequences
+from irlfast.train.checkpoint import latest_checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What a reward says of one response.
+
+    Args:
+        reward: raw. normalised: as a policy was served it, (reward - mean) / std of the rewards seen in training.
+        tokens: the response's tokens as pieces of text that join to it; empty where they were not asked for.
+        token_rewards, kind: see irlfast.rewards.TokenRewards; None where the model gives none.
+        components: named parts of the reward, where it has any.
+    """
+
+    reward: float
+    normalised: float
+    tokens: list[str] = field(default_factory=list)
+    token_rewards: list[float] | None = None
+    kind: str | None = None
+    components: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields as plain values, without those that are empty."""
+        return {name: value for name, value in asdict(self).items() if value not in (None, [], {})}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextForm:
+    """How texts become tokens; as in training, or the reward judges what it has not seen.
+
+    Args:
+        prompt_tokens: how many tokens of a plain text are its prompt.
+        max_response_tokens: responses are cut here, and then have no EOS; None cuts none.
+    """
+
+    prompt_tokens: int = 32
+    max_response_tokens: int | None = None
+
+
+class RewardScorer:
+    """Scores texts by a reward model.
+
+    Args:
+        reward: any model of irlfast.rewards.
+        tokenizer: a transformers tokenizer, of the language model below or of the reward's backbone.
+        language_model: whose hidden states the reward reads; None for a reward that reads tokens.
+        form: how texts become tokens.
+        batch_size: sequences in one pass.
+
+    Raises:
+        ValueError: a reward on hidden states without a language model, or with another than it was trained on.
+    """
+
+    def __init__(
+        self,
+        reward: BaseRewardModel,
+        tokenizer: Any,
+        language_model: nn.Module | None = None,
+        *,
+        form: TextForm | None = None,
+        batch_size: int = 32,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if reward.reads == "hidden_states":
+            if language_model is None or reward.source is None:
+                raise ValueError(
+                    "the reward reads hidden states and does not say whose: give the language model it was trained on"
+                )
+            trained_on, given = reward.source.weights, weights_digest(language_model)
+            if trained_on and given != trained_on:
+                raise ValueError(
+                    f"the reward was trained on hidden states of {reward.source.model or 'a model'} with weights "
+                    f"{trained_on}; the language model given has weights {given}: its states mean something else. "
+                    "Give the model that the run started from"
+                )
+        self.reward = reward.eval()
+        self.tokenizer = tokenizer
+        self.language_model = language_model
+        self.form = form or TextForm()
+        self.batch_size = batch_size
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        model: str | None = None,
+        device: str = "cpu",
+        form: TextForm | None = None,
+        batch_size: int = 32,
+    ) -> RewardScorer:
+        """Load a reward and what it reads.
+
+        Args:
+            directory: the reward's folder, a checkpoint's, or a run's (whose newest checkpoint is taken).
+            model: folder or hub name of the language model, or of the backbone's tokenizer; None takes what is saved
+                with the reward.
+            device: where to run.
+            form: None takes what the run's own files say, where the reward lies in one.
+            batch_size: sequences in one pass.
+
+        Raises:
+            FileNotFoundError: no reward there. ValueError: it does not say what it reads, and `model` is None.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        folder = find_reward(Path(directory))
+        reward = load_reward_model(folder).to(device)
+        if reward.reads == "tokens":
+            name, language_model = model or reward.config.model, None
+        else:
+            name = model or ("" if reward.source is None else reward.source.model)
+            if not name:
+                raise ValueError(
+                    f"{folder} does not say whose hidden states it reads: give the language model with --model"
+                )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name)
+            language_model = loaded.to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        return cls(reward, tokenizer, language_model, form=form or trained_form(folder), batch_size=batch_size)
+
+    def _tokenize(self, row: Demonstration) -> TokenizedDemonstration | DataError:
+        """One row as in training, or why it has no token to judge."""
+        longest = self.form.max_response_tokens
+        try:
+            return tokenize_demonstrations(
+                [row],
+                self.tokenizer,
+                max_response_tokens=sys.maxsize if longest is None else longest,
+                prompt_tokens=self.form.prompt_tokens,
+            )[0]
+        except DataError as error:
+            return error
+
+    def score(self, rows: Sequence[Demonstration], *, tokens: bool = False) -> list[Score | DataError]:
+        """Score rows in their order.
+
+        Args:
+            rows: pairs, chats or plain texts.
+            tokens: also give each response's tokens, and their rewards where the model has any.
+
+        Returns:
+            A Score for each row, or the DataError that says why it cannot be judged.
+        """
+        tokenized = [self._tokenize(row) for row in rows]
+        ready = [(index, row) for index, row in enumerate(tokenized) if not isinstance(row, DataError)]
+        # Rows of like length share a batch: less padding.
+        ready.sort(key=lambda item: len(item[1].prompt_ids) + len(item[1].response_ids))
+        scores: dict[int, Score] = {}
+        for low in range(0, len(ready), self.batch_size):
+            part = ready[low : low + self.batch_size]
+            answers = self.score_tokens([row for _, row in part], tokens=tokens)
+            scores.update(zip((index for index, _ in part), answers, strict=True))
+        return [row if isinstance(row, DataError) else scores[index] for index, row in enumerate(tokenized)]
+
+    def score_tokens(self, rows: Sequence[TokenizedDemonstration], *, tokens: bool = False) -> Iterator[Score]:
+        """Score tokenised rows in one pass."""
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        device = next(self.reward.parameters()).device
+        batch = Sequences.from_token_lists(
+            [list(row.prompt_ids) for row in rows], [list(row.response_ids) for row in rows], pad or 0
+        ).to(device)
+        with torch.no_grad(), evaluating(self.reward):
+            inputs = reward_inputs(
+                self.reward, self.language_model, batch.input_ids, batch.attention_mask, batch.response_mask
+            )
+            rewards = self.reward(*inputs)
+            components = self.reward.components(*inputs)
+            given = self.reward.token_rewards(*inputs) if tokens and self.reward.has_token_rewards else None
+        normalised = self.reward.normalizer.normalize(rewards)
+        for index, row in enumerate(rows):
+            mask = batch.response_mask[index]
+            yield Score(
+                reward=float(rewards[index]),
+                normalised=float(normalised[index]),
+                tokens=token_pieces(row.response_ids, self.tokenizer) if tokens else [],
+                token_rewards=None if given is None else given.values[index][mask].tolist(),
+                kind=None if given is None else given.kind,
+                components={name: float(values[index]) for name, values in components.items()},
+            )
+
+
+def find_reward(folder: Path) -> Path:
+    """The reward's folder in a reward's, a checkpoint's or a run's folder.
+
+    Raises:
+        FileNotFoundError: none of these.
+    """
+    for candidate in (folder, folder / "reward"):
+        if (candidate / "config.json").is_file() and (candidate / "model.safetensors").is_file():
+            return candidate
+    if (folder / "checkpoints").is_dir():
+        newest = latest_checkpoint(folder / "checkpoints")
+        if newest is not None:
+            return find_reward(newest)
+    raise FileNotFoundError(
+        f"no reward in {folder}: give a folder that save_pretrained wrote, a checkpoint (step-N), or a run's folder"
+    )
+
+
+def trained_form(reward: Path) -> TextForm:
+    """How the run that `reward` lies in (RUN/checkpoints/step-N/reward) made tokens of texts; the default elsewhere."""
+    run = reward.parent.parent.parent
+    if reward.name != "reward" or not (run / "config.json").is_file():
+        return TextForm()
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    return TextForm(
+        prompt_tokens=config["data"]["prompt_tokens"],
+        max_response_tokens=config["train"]["rollout"]["max_new_tokens"],
+    )
