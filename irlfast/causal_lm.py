@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from irlfast import ops
 Path = Literal["auto", "hidden", "logits"]
 PATHS: tuple[str, ...] = get_args(Path)
 IGNORE = -100
+_Stats = TypeVar("_Stats", ops.TokenStats, ops.PolicyRefStats)
 
 _INSTEAD = "use path='logits', or ops.token_stats on model(...).logits"
 
@@ -89,25 +90,10 @@ def causal_lm_token_stats(
             model that does something to its logits which the formula above lacks.
         IndexError: a token asked for is outside the vocabulary. ValueError: shapes, an unknown path.
     """
-    if path not in PATHS:
-        raise ValueError(f"path is {path!r}; expected one of {PATHS}")
-    if input_ids.dim() != 2:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected [B, T]")
-    for name, mask in (("attention_mask", attention_mask), ("token_mask", token_mask)):
-        if mask is not None and mask.shape != input_ids.shape:
-            raise ValueError(f"{name} has shape {tuple(mask.shape)}; expected {tuple(input_ids.shape)} as input_ids")
-    if token_mask is None:
-        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        token_mask = real.bool() & nn.functional.pad(real.bool()[:, :-1], (1, 0))
+    token_mask = _checked(path, input_ids, attention_mask, token_mask)
     inputs = _model_inputs(model, input_ids, attention_mask) | model_inputs
 
-    head = None
-    if path != "logits":
-        try:
-            head = linear_head(model)
-        except NoLinearHeadError:
-            if path == "hidden":
-                raise
+    head = _head_for(path, model)
     labels = next_token_labels(input_ids, token_mask)
     # On either path the last T positions count: virtual tokens of prompt tuning stand before them.
     if isinstance(temperature, Tensor) and temperature.dim() and temperature.shape[-1] > 1:
@@ -127,6 +113,66 @@ def causal_lm_token_stats(
             impl=impl,
             memory_budget=memory_budget,
         )
+    return at_their_tokens(stats)
+
+
+def causal_lm_policy_ref_stats(
+    model: nn.Module,
+    reference: nn.Module,
+    input_ids: Tensor,  # (B, T)
+    *,
+    attention_mask: Tensor | None = None,  # (B, T)
+    token_mask: Tensor | None = None,  # (B, T)
+    temperature: float = 1.0,
+    path: Path = "auto",
+    impl: str = "auto",
+) -> ops.PolicyRefStats:
+    """Statistics of tokens under a policy and their divergence from a reference over the whole vocabulary.
+
+    On the hidden path, which needs heads with the same scale and softcap, neither model's logits exist whole
+    (`ops.linear_policy_ref_stats`). The reference is run without gradients, in the mode that it is in. Arguments,
+    alignment and errors are as in `causal_lm_token_stats`.
+
+    Returns:
+        PolicyRefStats of [B, T] tensors, entry [b, t] about the token AT t; 0 and no gradient where none was asked for.
+    """
+    token_mask = _checked(path, input_ids, attention_mask, token_mask)
+    labels = next_token_labels(input_ids, token_mask)
+    inputs, ref_inputs = (_model_inputs(m, input_ids, attention_mask) for m in (model, reference))
+    head, ref_head = _head_for(path, model), _head_for(path, reference)
+    width = input_ids.shape[1]
+    if head is None or ref_head is None or (head.scale, head.softcap) != (ref_head.scale, ref_head.softcap):
+        if path == "hidden":
+            raise NoLinearHeadError(
+                f"the heads of model and reference scale or cap their logits differently: {_INSTEAD}"
+            )
+        logits = _logits(model(**inputs))[:, -width:]
+        with torch.no_grad():
+            ref_logits = _logits(reference(**ref_inputs))[:, -width:]
+        options = {"temperature": temperature, "ignore_index": IGNORE, "impl": impl}
+        own, ref = (ops.token_stats(x, labels, **options) for x in (logits, ref_logits))  # type: ignore[arg-type]
+        asked = labels != IGNORE
+        reverse, forward = (
+            torch.where(asked, ops.token_kl(logits, ref_logits, kind=kind, temperature=temperature), 0.0)
+            for kind in ("reverse", "forward")
+        )
+        return at_their_tokens(ops.PolicyRefStats(*own, ref.logprob, reverse, forward))
+    hidden = _hidden_states(model, head, inputs).to(head.weight.dtype)
+    with torch.no_grad():
+        ref_hidden = _hidden_states(reference, ref_head, ref_inputs).to(ref_head.weight.dtype)
+    stats = ops.linear_policy_ref_stats(
+        hidden,
+        head.weight,
+        ref_hidden,
+        ref_head.weight,
+        labels,
+        bias=head.bias,
+        ref_bias=ref_head.bias,
+        temperature=temperature / head.scale,
+        softcap=None if head.softcap is None else head.softcap / head.scale,
+        ignore_index=IGNORE,
+        impl=impl,
+    )
     return at_their_tokens(stats)
 
 
@@ -179,9 +225,9 @@ def next_token_labels(input_ids: Tensor, token_mask: Tensor) -> Tensor:
     return labels
 
 
-def at_their_tokens(stats: ops.TokenStats) -> ops.TokenStats:
+def at_their_tokens(stats: _Stats) -> _Stats:
     """[B, T] statistics from where tokens are predicted to where they stand; 0 in the first column."""
-    return ops.TokenStats(*(nn.functional.pad(value[:, :-1], (1, 0)) for value in stats))
+    return type(stats)(*(nn.functional.pad(value[:, :-1], (1, 0)) for value in stats))
 
 
 def taken(module: nn.Module, names: Iterable[str]) -> list[str]:
@@ -207,6 +253,33 @@ def _scale(inner: Any, config: Any) -> float:
         return float(config.lm_head_multiplier)
     # Cohere. MPT has it in its config and does not apply it.
     return float(getattr(inner, "logit_scale", None) or 1.0)
+
+
+def _checked(path: str, input_ids: Tensor, attention_mask: Tensor | None, token_mask: Tensor | None) -> Tensor:
+    """The mask of the tokens asked for, by default all that follow a real one."""
+    if path not in PATHS:
+        raise ValueError(f"path is {path!r}; expected one of {PATHS}")
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected [B, T]")
+    for name, mask in (("attention_mask", attention_mask), ("token_mask", token_mask)):
+        if mask is not None and mask.shape != input_ids.shape:
+            raise ValueError(f"{name} has shape {tuple(mask.shape)}; expected {tuple(input_ids.shape)} as input_ids")
+    if token_mask is None:
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        token_mask = real.bool() & nn.functional.pad(real.bool()[:, :-1], (1, 0))
+    return token_mask
+
+
+def _head_for(path: str, model: nn.Module) -> LinearHead | None:
+    """The head that the hidden path goes through; None for the logits path."""
+    if path == "logits":
+        return None
+    try:
+        return linear_head(model)
+    except NoLinearHeadError:
+        if path == "hidden":
+            raise
+        return None
 
 
 def _model_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:

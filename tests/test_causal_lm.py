@@ -1,4 +1,4 @@
-"""causal_lm_token_stats: the hidden path against the model's own logits, the heads it finds and those it refuses."""
+"""causal_lm: the hidden path against the model's own logits, the heads it finds and those it refuses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from irlfast import ops
-from irlfast.causal_lm import NoLinearHeadError, causal_lm_token_stats, linear_head
+from irlfast.causal_lm import (
+    NoLinearHeadError,
+    causal_lm_policy_ref_stats,
+    causal_lm_token_stats,
+    linear_head,
+)
 from irlfast.eval import toy
 
 FAMILIES = [
@@ -428,3 +433,54 @@ def test_a_real_model_gives_the_same_on_both_paths(shared_data: Path) -> None:
     expected, obtained = gradients(model, want), gradients(model, got)
     for name in expected:
         torch.testing.assert_close(obtained[name], expected[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "families", [("llama", "qwen3"), ("gemma2", "gemma2"), ("granite", "llama"), ("cohere", "cohere")]
+)
+def test_policy_and_reference_statistics_are_those_of_their_logits(
+    make_lm: Callable[[str], torch.nn.Module], families: tuple[str, str]
+) -> None:
+    """Two heads alike, capped, scaled differently (which only the logits path can), and scaled alike."""
+    model, reference = map(make_lm, families)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.mul_(0.9)
+    ids = torch.randint(3, 64, (3, 7), generator=torch.Generator().manual_seed(0))
+    real = torch.ones_like(ids)
+    real[1, 5:] = 0
+    wanted = real.bool() & (torch.arange(7) >= 2)
+    temperature = 0.7
+    got = causal_lm_policy_ref_stats(
+        model, reference, ids, attention_mask=real, token_mask=wanted, temperature=temperature
+    )
+    logits, ref = (m(input_ids=ids, attention_mask=real).logits[:, :-1] / temperature for m in (model, reference))
+    log_p, log_q = logits.log_softmax(-1), ref.log_softmax(-1)
+    labels = ids[:, 1:, None]
+    want = {
+        "logprob": log_p.gather(-1, labels)[..., 0],
+        "lse": logits.logsumexp(-1),
+        "ref_logprob": log_q.gather(-1, labels)[..., 0],
+        "reverse_kl": (log_p.exp() * (log_p - log_q)).sum(-1),
+        "forward_kl": (log_q.exp() * (log_q - log_p)).sum(-1),
+    }
+    for name, value in want.items():
+        expected = torch.where(wanted[:, 1:], value, 0.0)
+        torch.testing.assert_close(getattr(got, name)[:, 1:], expected, rtol=2e-4, atol=2e-4)
+        assert not getattr(got, name)[:, 0].any()
+    parameter = model.get_output_embeddings().weight
+    for name in ("logprob", "lse", "reverse_kl"):
+        grads = [
+            torch.autograd.grad(x.sum(), parameter, retain_graph=True)[0]
+            for x in (getattr(got, name), torch.where(wanted[:, 1:], want[name], 0.0))
+        ]
+        torch.testing.assert_close(*grads, rtol=2e-3, atol=2e-3)
+    assert all(p.grad is None for p in reference.parameters())
+
+
+def test_heads_that_scale_differently_are_refused_on_the_hidden_path(
+    make_lm: Callable[[str], torch.nn.Module],
+) -> None:
+    ids = torch.randint(3, 64, (2, 5))
+    with pytest.raises(NoLinearHeadError, match="scale or cap their logits differently"):
+        causal_lm_policy_ref_stats(make_lm("granite"), make_lm("llama"), ids, path="hidden")

@@ -3,7 +3,7 @@
 from .demonstrations import DataError, Demonstration, Message, load_demonstrations
 from .demonstrations import split_demonstrations as split
 from .preferences import Preference, Splits, load_preferences
-from .tokenize import TokenizedDemonstration, TokenizedDemonstrations, token_pieces, tokenize_demonstrations
+from .tokenize import TokenizedDemonstration, TokenizedDemonstrations, digest, token_pieces, tokenize_demonstrations
 
 __all__ = [
     "DataError",
@@ -13,6 +13,7 @@ __all__ = [
     "Splits",
     "TokenizedDemonstration",
     "TokenizedDemonstrations",
+    "digest",
     "load_demonstrations",
     "load_preferences",
     "split",

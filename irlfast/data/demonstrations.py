@@ -70,6 +70,7 @@ def load_demonstrations(
     text_field: str | None = "text",
     messages_field: str | None = "messages",
     split: str = "train",
+    config: str | None = None,
     limit: int | None = None,
 ) -> list[Demonstration]:
     """Read demonstrations from a file or a Hugging Face dataset.
@@ -79,6 +80,7 @@ def load_demonstrations(
             data files, or the name of a dataset. Blank lines are skipped.
         prompt_field, response_field, text_field, messages_field: names of the fields; None leaves that form out.
         split: which split of a dataset to read; of no meaning for a file.
+        config: which configuration of a hub dataset to read, where it has several.
         limit: read the first so many rows; None is all.
 
     Returns:
@@ -100,7 +102,7 @@ def load_demonstrations(
     if path.is_file() and path.suffix != ".parquet":
         located: Iterable[tuple[str, Any]] = json_lines(path)
     elif path.exists() or not _looks_like_a_path(str(source)):
-        located = _dataset_rows(source, split)
+        located = _dataset_rows(source, split, config)
     else:
         raise FileNotFoundError(f"{source} does not exist (a dataset's name has the form owner/name)")
     rows = [form.read(row, where) for where, row in islice(located, limit)]
@@ -275,7 +277,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             yield where, row
 
 
-def _dataset_rows(source: str | Path, split: str) -> Iterable[tuple[str, Any]]:
+def _dataset_rows(source: str | Path, split: str, config: str | None) -> Iterable[tuple[str, Any]]:
     try:
         import datasets
     except ImportError as cause:
@@ -290,5 +292,5 @@ def _dataset_rows(source: str | Path, split: str) -> Iterable[tuple[str, Any]]:
     elif path.is_file():
         loaded = datasets.load_dataset("parquet", data_files=str(path), split="train")
     else:
-        loaded = datasets.load_dataset(str(source), split=split)
+        loaded = datasets.load_dataset(str(source), config, split=split)
     return ((f"{source}[{split}][{i}]", row) for i, row in enumerate(loaded))

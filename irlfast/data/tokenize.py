@@ -12,6 +12,7 @@ could tell them apart by it and learn nothing else.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -129,6 +130,12 @@ def token_pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
         pieces.append(whole[len(said) :] if whole.startswith(said) else "")
         said = whole if whole.startswith(said) else said
     return pieces
+
+
+def digest(rows: Sequence[TokenizedDemonstration]) -> str:
+    """Tells one set of demonstrations, in its order, from another."""
+    text = "\n".join(f"{list(row.prompt_ids)} {list(row.response_ids)}" for row in rows)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _ids(row: Demonstration, tokenizer: Any, prompt_tokens: int) -> tuple[list[int], list[int]]:

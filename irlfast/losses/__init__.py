@@ -6,6 +6,7 @@ from irlfast.losses.apprenticeship import AbbeelNgProjection
 from irlfast.losses.bradley_terry import BradleyTerryObjective, bradley_terry_loss
 from irlfast.losses.contrastive import ContrastiveObjective, contrastive_loss
 from irlfast.losses.gail import GailObjective, gail_loss
+from irlfast.losses.iq_learn import IQRewards, iq_learn_loss, iq_learn_rewards, linear_iq_learn_loss, sampled_kl
 from irlfast.losses.max_margin import MaxMarginObjective, max_margin_loss, project_on_ball
 from irlfast.losses.maxent import MaxEntropyIRLObjective
 from irlfast.losses.objective import Objective, RewardBatch, TokenTerms
@@ -25,6 +26,7 @@ __all__ = [
     "ContrastiveObjective",
     "Gae",
     "GailObjective",
+    "IQRewards",
     "MaxEntropyIRLObjective",
     "MaxMarginObjective",
     "Objective",
@@ -45,6 +47,9 @@ __all__ = [
     "gail_loss",
     "gradient_penalty",
     "group_advantages",
+    "iq_learn_loss",
+    "iq_learn_rewards",
+    "linear_iq_learn_loss",
     "make_objective",
     "max_margin_loss",
     "maxent_irl_loss",
@@ -54,6 +59,7 @@ __all__ = [
     "r1_penalty",
     "register_objective",
     "response_logprobs",
+    "sampled_kl",
     "shaped_rewards",
     "spin_loss",
     "whiten",

@@ -20,7 +20,6 @@ exact) and samples afresh only where there are not enough of them.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -30,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from irlfast.data import TokenizedDemonstration
+from irlfast.data import TokenizedDemonstration, digest
 from irlfast.losses import Objective, group_advantages
 from irlfast.rewards import BaseRewardModel, ReaderConfig, TokenRewards, read
 from irlfast.rewards.base import evaluating
@@ -123,7 +122,7 @@ class BiLevelTrainer:
         self._decode = decode
         self._extra_state = extra_state
         self.draws = EndlessDraws(list(demonstrations), config.seed, "demonstrations")
-        self.data_digest = _digest([*demonstrations, *self.heldout])
+        self.data_digest = digest([*demonstrations, *self.heldout])
         self.rollout_count = 0
         self.iteration = 0
         self.policy_update = PolicyUpdate(self.policy, config)
@@ -408,9 +407,3 @@ def _stack(first: Tensor, second: Tensor) -> Tensor:
         fill = part.new_zeros(part.shape[0], width - part.shape[1], *part.shape[2:])
         parts.append(torch.cat([part, fill], dim=1))
     return torch.cat(parts)
-
-
-def _digest(rows: Sequence[TokenizedDemonstration]) -> str:
-    """Tells one set of demonstrations, in its order, from another."""
-    text = "\n".join(f"{list(row.prompt_ids)} {list(row.response_ids)}" for row in rows)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -29,6 +29,8 @@ class OptimizerConfig:
     """Decoupled weight decay."""
     betas: tuple[float, float] = (0.9, 0.99)
     """Decay rates of the running gradient moments."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
     warmup_steps: int = 0
     """Optimiser steps over which the learning rate rises linearly from 0."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -40,6 +42,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "lr", self.lr, "a number above 0")
+        require(self.eps > 0, "eps", self.eps, "a number above 0")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number of at least 0")
         require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "a count of at least 0")
         require(0 <= self.final_lr_fraction <= 1, "final_lr_fraction", self.final_lr_fraction, "a share in [0, 1]")

@@ -39,7 +39,7 @@ class Optimizer:
         if not self._parameters:
             raise ValueError(f"{type(module).__name__} has no parameter that requires a gradient: nothing to train")
         self._adamw = torch.optim.AdamW(
-            self._parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+            self._parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
         )
 
     def zero_grad(self) -> None:

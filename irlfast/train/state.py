@@ -103,7 +103,7 @@ def save_policy(policy: torch.nn.Module, path: Path) -> None:
 def _require_same(saved: dict[str, Any], given: dict[str, Any], path: Path) -> None:
     changed = [
         f"{name} was {saved_value!r}, is {given_value!r}"
-        for name, saved_value, given_value in _differences(saved, given)
+        for name, saved_value, given_value in config_differences(saved, given)
         if name not in _FREE and not name.startswith("monitors.")
     ]
     if changed:
@@ -117,12 +117,13 @@ def _require_same(saved: dict[str, Any], given: dict[str, Any], path: Path) -> N
         )
 
 
-def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+def config_differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted name, value in a, value in b) of every option that differs."""
     found = []
     for key in sorted(a.keys() | b.keys()):
         left, right = a.get(key), b.get(key)
         if isinstance(left, dict) and isinstance(right, dict):
-            found += _differences(left, right, f"{prefix}{key}.")
+            found += config_differences(left, right, f"{prefix}{key}.")
         elif left != right:
             found.append((prefix + key, left, right))
     return found
