@@ -1,4 +1,4 @@
-"""Quality and diversity of sampled texts, and how a reward agrees with a score.
+"""Quality and diversity of sampled texts.
 
 distinct-n      different n-grams / n-grams, over all texts together         Li et al. 2016 (arXiv 1510.03055)
 self-BLEU       mean BLEU of each answer against the other answers to its prompt, in [0, 1]; less is more diverse
@@ -60,19 +60,6 @@ def chrf(texts: Sequence[str], references: Sequence[str]) -> list[float]:
     """
     metric = _optional("sacrebleu.metrics", "sacrebleu").CHRF()
     return [metric.sentence_score(text, [ref]).score / 100 for text, ref in zip(texts, references, strict=True)]
-
-
-def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Rank correlation, ties sharing their mean rank; None where either is constant and has no ranking.
-
-    Raises:
-        ValueError: lengths that differ, or fewer than 2 values. ImportError: without the `scipy` package.
-    """
-    if len(a) != len(b) or len(a) < 2:
-        raise ValueError(f"{len(a)} and {len(b)} values; expected as many of each, at least 2")
-    if len(set(a)) == 1 or len(set(b)) == 1:
-        return None
-    return float(_optional("scipy.stats", "scipy").spearmanr(a, b).statistic)
 
 
 def _optional(module: str, package: str) -> Any:

@@ -77,7 +77,7 @@ def iq_statistics(
     return IQStatistics(q, stats.lse, response_mask, stats.logprob, ref_logprob, kl)
 
 
-class TokenRewards(NamedTuple):
+class IQTokenRewards(NamedTuple):
     """A batch's rewards. All but `returns` and `relative_returns` are [B, T], 0 outside the responses.
 
     rewards: r_t. advantages: log pi(y_t | s_t), what soft Q-learning calls (Q - V) / tau. values: V_t. returns: [B],
@@ -116,7 +116,9 @@ class IQReward:
         self.reference = reference
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, ended: Tensor) -> TokenRewards:
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, ended: Tensor
+    ) -> IQTokenRewards:
         """Rewards of a batch; arguments as in `iq_statistics`."""
         width = input_ids.shape[1]
         stats = iq_statistics(
@@ -142,4 +144,4 @@ class IQReward:
         relative = None
         if stats.ref_logprob is not None:
             relative = torch.where(stats.mask, stats.logprob - stats.ref_logprob, 0.0).sum(dim=1)
-        return TokenRewards(rewards[:, :width], advantages[:, :width], values[:, :width], returns, relative)
+        return IQTokenRewards(rewards[:, :width], advantages[:, :width], values[:, :width], returns, relative)

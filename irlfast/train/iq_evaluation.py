@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from irlfast.data import TokenizedDemonstration
-from irlfast.eval.generation import chrf, distinct_n, rouge, self_bleu, spearman
+from irlfast.eval.generation import chrf, distinct_n, rouge, self_bleu
+from irlfast.eval.ranking import correlations
 from irlfast.losses import iq_learn_loss
 from irlfast.rewards.iq import IQReward, IQStatistics, iq_statistics
 from irlfast.rollout import RolloutEngine, Rollouts, SamplingParams, Sequences
@@ -19,7 +20,7 @@ from .evaluation import response_tokens
 
 # (reference text, answer text) -> score, more is better.
 TaskMetric = Callable[[str, str], float]
-Decode = Callable[[Sequence[int]], str]
+DecodeText = Callable[[Sequence[int]], str]
 
 
 class Batch(NamedTuple):
@@ -114,7 +115,7 @@ def evaluate_samples(
     rows: Sequence[TokenizedDemonstration],
     sampling: SamplingParams,
     *,
-    decode: Decode | None,
+    decode: DecodeText | None,
     task_metric: TaskMetric | None,
     batch_size: int,
 ) -> dict[str, float | None]:
@@ -127,7 +128,7 @@ def evaluate_samples(
     Returns:
         length, stopped (share that ended by themselves), distinct_1, distinct_2, return (mean sum of r_t) and, with
         `decode`, self_bleu (n of at least 2), rouge_l, chrf, task, and spearman_rouge_l, spearman_task (rank
-        correlation of return and score over all answers; None where either is constant).
+        correlation of return and score over all answers; NaN where either is constant).
     """
     samples = engine.generate([list(row.prompt_ids) for row in rows], sampling)
     tokens = response_tokens(samples)
@@ -155,7 +156,7 @@ def evaluate_samples(
     for name, values in scores.items():
         found[name] = _mean(values)
         if name != "chrf":
-            found[f"spearman_{name}"] = spearman(returns, values) if len(values) > 1 else None
+            found[f"spearman_{name}"] = correlations(returns, values).spearman if len(values) > 1 else None
     return found
 
 

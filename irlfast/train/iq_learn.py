@@ -28,7 +28,7 @@ from irlfast.rollout import RolloutEngine, SamplingParams
 from .checkpoint import latest_checkpoint, write_checkpoint
 from .config import config_dict
 from .iq_config import IQLearnConfig
-from .iq_evaluation import Batch, Decode, TaskMetric, TokenMeans, evaluate_heldout, evaluate_samples
+from .iq_evaluation import Batch, DecodeText, TaskMetric, TokenMeans, evaluate_heldout, evaluate_samples
 from .log import Progress, RunLog
 from .optim import Optimizer
 from .seeds import EndlessDraws, derive_seed
@@ -79,7 +79,7 @@ class IQLearnTrainer:
         engine: RolloutEngine | None = None,
         reference: nn.Module | None = None,
         out: Path | None = None,
-        decode: Decode | None = None,
+        decode: DecodeText | None = None,
         task_metric: TaskMetric | None = None,
         extra_state: Callable[[Path], None] | None = None,
         on_row: OnRow | None = None,

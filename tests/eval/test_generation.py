@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from irlfast.eval.generation import chrf, distinct_n, rouge, self_bleu, spearman
+from irlfast.eval.generation import chrf, distinct_n, rouge, self_bleu
 
 
 def test_distinct_n_counts_over_all_texts() -> None:
@@ -35,15 +35,6 @@ def test_rouge_and_chrf_against_references() -> None:
     assert chrf(["abc def", "xyz"], ["abc def", "abc"]) == [pytest.approx(1.0), 0.0]
     with pytest.raises(ValueError, match="zip"):
         rouge(["a"], [])
-
-
-def test_spearman_ranks() -> None:
-    pytest.importorskip("scipy")
-    assert spearman([1, 2, 3], [10, 100, 1000]) == pytest.approx(1.0)
-    assert spearman([1, 2, 3, 4], [1, 1, 0, 0]) == pytest.approx(-0.8944, abs=1e-4)  # -2 / sqrt(5)
-    assert spearman([1, 2], [3, 3]) is None
-    with pytest.raises(ValueError, match="1 and 2 values"):
-        spearman([1], [1, 2])
 
 
 @pytest.mark.parametrize(("module", "package"), [("sacrebleu.metrics", "sacrebleu"), ("rouge_score", "rouge-score")])
