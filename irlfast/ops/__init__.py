@@ -1,6 +1,7 @@
 """Differentiable statistics of token distributions and sequences. Each op is defined by its `X_reference`."""
 
 from irlfast.ops.gae import Gae, gae
+from irlfast.ops.gather_head import gather_head
 from irlfast.ops.importance import ImportanceWeights, importance_weights
 from irlfast.ops.kl_estimate import kl_estimate
 from irlfast.ops.linear_policy_ref_stats import (
@@ -22,6 +23,7 @@ __all__ = [
     "PolicyTerms",
     "TokenStats",
     "gae",
+    "gather_head",
     "importance_weights",
     "kl_estimate",
     "linear_policy_ref_stats",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from irlfast.ops._dispatch import statistics_dtype
 from irlfast.ops._linear import Epilogue, Gradients, Head, Rows, Upstream, finish, matrix, pull
-from irlfast.ops._linear_modes import HiddenGradient, among, compact, idle_rows, labelled_rows, spread
+from irlfast.ops._linear_modes import HiddenGradient, Share, among, compact, idle_rows, labelled_rows, spread
 from irlfast.ops._linear_plan import Sizes, plan_backward, plan_forward
 
 # Rows of `running` [9, N] float64: the first four are those of `_linear.sweep`, for the policy; then the reference's
@@ -90,7 +90,13 @@ class _PolicyGradient:
 
 
 def forward_pair(
-    epilogue: PairEpilogue, hidden: Tensor, models: Models, rows: Rows, ignore_index: int, chunk: int
+    epilogue: PairEpilogue,
+    hidden: Tensor,
+    models: Models,
+    rows: Rows,
+    ignore_index: int,
+    chunk: int,
+    share: Share | None = None,
 ) -> Outputs:
     head, ref_head = models.heads()
     count = hidden.shape[0]
@@ -116,6 +122,7 @@ def forward_pair(
             head.logits(x, begin, end, logits, sums)
             ref_head.logits(part.ref_hidden, begin, end, ref_logits, sums)
             epilogue.merge(logits, ref_logits, begin, part, running[:, which])
+    running = running if share is None else share.merge(running, rows)
     statistics = finish(running[:4], rows, dtype)[:3]
     divergences = (t.to(dtype) for t in _finish_pair(running, rows))
     return tuple(  # type: ignore[return-value]
@@ -152,6 +159,7 @@ def backward_pair(
     running: Tensor,
     upstream: Upstream,
     needs: list[bool],
+    share: Share | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; [0] for those not needed."""
     head, ref_head = models.heads()
@@ -174,6 +182,7 @@ def backward_pair(
         models=1 if alone else 2,
         of=count,
         masked=masked,
+        shared=share is not None,
     )
     frame = HiddenGradient(plan, hidden, places, idle, needed=needs[0])
     x = frame.masked(hidden) if masked else compact(plan, "compacted hidden", hidden, places)
@@ -193,7 +202,7 @@ def backward_pair(
         of_pair = _PolicyGradient(epilogue, ref_head, scratch)
         pull(x, head, rows, of_pair, plan, running, upstream, gradients)
     return (
-        frame.result(None),
+        frame.result(share),
         hidden.new_empty(0) if of_weight is None else of_weight,
         hidden.new_empty(0) if of_bias is None else of_bias.to(weight.dtype),
     )

@@ -21,6 +21,7 @@ Rows that are ignored, or receive no gradient, are left out or not as in `linear
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -42,11 +43,14 @@ from irlfast.ops._linear_cpu import check_labels
 from irlfast.ops._linear_inputs import autocast, check_linear, expand_temperature, split_temperature
 from irlfast.ops._linear_pair import RUNNING, Models, Outputs, backward_pair, forward_pair
 from irlfast.ops._linear_pair_cpu import CpuPairEpilogue
-from irlfast.ops._linear_pair_triton import backward_triton, forward_triton
+from irlfast.ops._linear_pair_triton import TritonPairEpilogue, backward_triton, forward_triton
+from irlfast.ops._linear_parallel import check_rows, linear_policy_ref_stats_over_group
 from irlfast.ops._linear_plan import whole_pieces
 from irlfast.ops._scaling import check_scaling
 from irlfast.ops._token_stats_cpu import check_row_temperature
 from irlfast.ops._triton import triton_unavailable
+from irlfast.ops._vocabulary import Slice, agree, describe, gathered, take_shards
+from irlfast.ops.gather_head import is_sharded
 from irlfast.ops.token_kl import token_kl_reference
 from irlfast.ops.token_stats import token_stats_reference
 
@@ -295,12 +299,63 @@ def _run_reference(
     )
 
 
+def _reference_over_group(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    labels: Tensor,
+    part: Slice,
+    *,
+    bias: Tensor | None,
+    ref_bias: Tensor | None,
+    **options: Any,
+) -> PolicyRefStats:
+    """The whole heads on every rank."""
+    bias, ref_bias = (None if b is None else gathered(b, part) for b in (bias, ref_bias))
+    heads = gathered(weight, part), gathered(ref_weight, part)
+    return _run_reference(hidden, heads[0], ref_hidden, heads[1], labels, bias=bias, ref_bias=ref_bias, **options)
+
+
 IMPLEMENTATIONS = {
     "cpu": Implementation(run=partial(_run_kernels, _CPU), unavailable=cpu_kernel_unavailable),
     "cuda": not_in_this_release("CUDA"),
     "triton": Implementation(run=partial(_run_kernels, _TRITON), unavailable=triton_unavailable),
     "reference": Implementation(run=_run_reference, unavailable=lambda tensor: None),
 }
+
+# The same over a vocabulary that is split; how a rank's columns are worked on.
+OVER_GROUP = {
+    "cpu": replace(
+        IMPLEMENTATIONS["cpu"], run=partial(linear_policy_ref_stats_over_group, lambda *given: CpuPairEpilogue())
+    ),
+    "triton": replace(IMPLEMENTATIONS["triton"], run=partial(linear_policy_ref_stats_over_group, TritonPairEpilogue)),
+    "reference": replace(IMPLEMENTATIONS["reference"], run=_reference_over_group),
+}
+
+
+@torch._disable_dynamo  # ranks talk to each other outside of graphs
+def _over_group(
+    group: Any,
+    check: Callable[[], None],
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    impl: str,
+    **options: Any,
+) -> PolicyRefStats:
+    op = "linear_policy_ref_stats"
+    hidden, weight, _, _, labels = tensors
+    temperature, softcap, ignore_index = (options[name] for name in ("temperature", "softcap", "ignore_index"))
+
+    def check_all() -> None:
+        check()
+        select(op, OVER_GROUP, impl, hidden)
+
+    def facts() -> dict[str, int]:
+        return describe(hidden, labels, temperature, softcap, ignore_index, options["bias"], options["ref_bias"])
+
+    part = agree(op, group, hidden.device, weight.shape[0], check_all, facts)
+    check_rows(labels, temperature, part.vocab, ignore_index)
+    return PolicyRefStats(*select(op, OVER_GROUP, impl, hidden).run(*tensors, part, **options))
 
 
 def linear_policy_ref_stats(
@@ -317,6 +372,7 @@ def linear_policy_ref_stats(
     ignore_index: int = -100,
     impl: str = "auto",
     chunk: int | None = None,
+    group: Any = None,
 ) -> PolicyRefStats:
     """Log-prob, entropy and log-sum-exp of a policy, log-prob of a reference, and both KL divergences between them.
 
@@ -337,6 +393,8 @@ def linear_policy_ref_stats(
         chunk: columns of the vocabulary worked on at a time, rounded up to a multiple of 2048; None leaves them to the
             plan, as in `linear_token_stats`. What is summed per row does not depend on it. On the CPU up to 16 MiB of
             logits of each model are worked on at a time.
+        group: a torch.distributed process group over whose ranks the vocabulary of both is split, as in
+            `linear_token_stats`: weights and biases are this rank's columns, the same of both models.
 
     Returns:
         PolicyRefStats(logprob, entropy, lse, ref_logprob, reverse_kl, forward_kl), each [...], float32 (float64 for
@@ -347,33 +405,41 @@ def linear_policy_ref_stats(
     Raises:
         IndexError: a label is outside [0, V) and not `ignore_index` (on the CPU; on a GPU that row is NaN).
         TypeError: dtypes that differ or are none of the above.
-        ValueError: shapes, devices, temperature, softcap or chunk.
+        ValueError: shapes, devices, temperature, softcap or chunk; ranks that were given other rows or options, on
+            every rank.
         RuntimeError: an `impl` that is not available here.
     """
     op = "linear_policy_ref_stats"
     hidden, weight, bias = autocast(hidden, weight, bias)
     ref_hidden, ref_weight, ref_bias = autocast(ref_hidden, ref_weight, ref_bias)
-    check_linear(op, hidden, weight, labels, bias, 0, chunk)
-    check_linear(f"{op}, of the reference", ref_hidden, ref_weight, labels, ref_bias, 0, chunk)
-    if ref_weight.shape[0] != weight.shape[0]:
-        raise ValueError(
-            f"{op}: ref_weight has {ref_weight.shape[0]} tokens, weight {weight.shape[0]}; the divergence needs one "
-            "vocabulary"
-        )
-    if statistics_dtype(ref_hidden.dtype) != statistics_dtype(hidden.dtype):
-        raise TypeError(f"{op}: ref_hidden is {ref_hidden.dtype}, hidden {hidden.dtype}; only both may be float64")
-    check_scaling(op, temperature, softcap, labels.shape)
-    result: PolicyRefStats = select(op, IMPLEMENTATIONS, impl, hidden).run(
-        hidden,
-        weight,
-        ref_hidden,
-        ref_weight,
-        labels,
-        bias=bias,
-        ref_bias=ref_bias,
-        temperature=temperature,
-        softcap=softcap,
-        ignore_index=ignore_index,
-        chunk=chunk,
-    )
+    if group is not None or any(map(is_sharded, (hidden, weight, ref_hidden, ref_weight))):
+        ref_group = group
+        hidden, weight, bias, group = take_shards(op, hidden, weight, bias, group)
+        ref_hidden, ref_weight, ref_bias, _ = take_shards(op, ref_hidden, ref_weight, ref_bias, ref_group or group)
+
+    def check() -> None:
+        check_linear(op, hidden, weight, labels, bias, 0, chunk)
+        check_linear(f"{op}, of the reference", ref_hidden, ref_weight, labels, ref_bias, 0, chunk)
+        if ref_weight.shape[0] != weight.shape[0]:
+            raise ValueError(
+                f"{op}: ref_weight has {ref_weight.shape[0]} tokens, weight {weight.shape[0]}; the divergence needs "
+                "one vocabulary"
+            )
+        if statistics_dtype(ref_hidden.dtype) != statistics_dtype(hidden.dtype):
+            raise TypeError(f"{op}: ref_hidden is {ref_hidden.dtype}, hidden {hidden.dtype}; only both may be float64")
+        check_scaling(op, temperature, softcap, labels.shape)
+
+    options: dict[str, Any] = {
+        "bias": bias,
+        "ref_bias": ref_bias,
+        "temperature": temperature,
+        "softcap": softcap,
+        "ignore_index": ignore_index,
+        "chunk": chunk,
+    }
+    tensors = (hidden, weight, ref_hidden, ref_weight, labels)
+    if group is not None:
+        return _over_group(group, check, tensors, impl, **options)
+    check()
+    result: PolicyRefStats = select(op, IMPLEMENTATIONS, impl, hidden).run(*tensors, **options)
     return result

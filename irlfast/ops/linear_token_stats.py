@@ -23,6 +23,7 @@ On a GPU, where the host would wait to count them, they do, with hidden states o
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -42,11 +43,14 @@ from irlfast.ops._dispatch import (
 from irlfast.ops._linear_cpu import CpuEpilogue, check_labels
 from irlfast.ops._linear_inputs import autocast, check_linear, expand_temperature, split_temperature
 from irlfast.ops._linear_modes import Outputs, backward_chunked, forward_chunked
+from irlfast.ops._linear_parallel import check_rows, linear_token_stats_over_group
 from irlfast.ops._linear_plan import whole_pieces
-from irlfast.ops._linear_triton import backward_triton, forward_triton
+from irlfast.ops._linear_triton import TritonEpilogue, backward_triton, forward_triton
 from irlfast.ops._scaling import check_scaling
 from irlfast.ops._token_stats_cpu import check_row_temperature
 from irlfast.ops._triton import triton_unavailable
+from irlfast.ops._vocabulary import Slice, agree, describe, gathered, take_shards
+from irlfast.ops.gather_head import is_sharded
 from irlfast.ops.token_stats import TokenStats, token_stats_reference
 
 Mode = Literal["auto", "recompute", "keep", "frozen", "fused"]
@@ -249,11 +253,30 @@ def _run_reference(
     )
 
 
+def _reference_over_group(
+    hidden: Tensor, weight: Tensor, labels: Tensor, part: Slice, *, bias: Tensor | None, **options: Any
+) -> TokenStats:
+    """The whole head on every rank."""
+    for name in ("mode", "chunk"):
+        options.pop(name)
+    bias = None if bias is None else gathered(bias, part)
+    options["temperature"] = expand_temperature(options["temperature"], labels.shape)
+    return linear_token_stats_reference(hidden, gathered(weight, part), labels, bias=bias, **options)
+
+
 IMPLEMENTATIONS = {
     "cpu": Implementation(run=partial(_run_kernels, _CPU), unavailable=cpu_kernel_unavailable),
     "cuda": not_in_this_release("CUDA"),
     "triton": Implementation(run=partial(_run_kernels, _TRITON), unavailable=triton_unavailable),
     "reference": Implementation(run=_run_reference, unavailable=lambda tensor: None),
+}
+
+
+# The same over a vocabulary that is split; how a rank's columns are worked on.
+OVER_GROUP = {
+    "cpu": replace(IMPLEMENTATIONS["cpu"], run=partial(linear_token_stats_over_group, lambda *given: CpuEpilogue())),
+    "triton": replace(IMPLEMENTATIONS["triton"], run=partial(linear_token_stats_over_group, TritonEpilogue)),
+    "reference": replace(IMPLEMENTATIONS["reference"], run=_reference_over_group),
 }
 
 
@@ -290,6 +313,36 @@ def _impl_of_fused(impl: str, hidden: Tensor) -> str:
     return "triton" if impl == "auto" else impl
 
 
+@torch._disable_dynamo  # ranks talk to each other outside of graphs
+def _over_group(
+    group: Any,
+    check: Callable[[], None],
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    impl: str,
+    memory_budget: int,
+    *,
+    mode: str,
+    **options: Any,
+) -> TokenStats:
+    op, bias = "linear_token_stats", options["bias"]
+
+    def check_all() -> None:
+        check()
+        if mode == "fused":
+            raise ValueError(f"{op}: mode='fused' takes a whole vocabulary, this one is split; use mode='auto'")
+        select(op, OVER_GROUP, impl, hidden)
+        resolve_mode(mode, hidden, weight, bias, labels.numel(), memory_budget)
+
+    scaling = options["temperature"], options["softcap"], options["ignore_index"]
+    part = agree(op, group, hidden.device, weight.shape[0], check_all, lambda: describe(hidden, labels, *scaling, bias))
+    check_rows(labels, options["temperature"], part.vocab, options["ignore_index"])
+    mode = resolve_mode(mode, hidden, weight, bias, labels.numel(), memory_budget)
+    result: TokenStats = select(op, OVER_GROUP, impl, hidden).run(hidden, weight, labels, part, mode=mode, **options)
+    return result
+
+
 def linear_token_stats(
     hidden: Tensor,  # (..., D)
     weight: Tensor,  # (V, D)
@@ -303,6 +356,7 @@ def linear_token_stats(
     mode: Mode = "auto",
     memory_budget: int = 1 << 30,
     chunk: int | None = None,
+    group: Any = None,
 ) -> TokenStats:
     """Log-prob of each label, entropy and log-sum-exp from hidden states and the output head.
 
@@ -325,6 +379,10 @@ def linear_token_stats(
             plan (docs/performance.md): 2048, on a GPU by the sizes, its cache and 256 MiB that buffers may take. What
             is summed per row does not depend on it. On the CPU up to 16 MiB of logits are worked on at a time. "fused"
             has chunks in backward alone.
+        group: a torch.distributed process group over whose ranks the vocabulary is split (docs/parallel.md). weight
+            and bias are then this rank's columns, adjacent, in the group's rank order, as many as each rank has; all
+            else is the same on every rank, which gets the same statistics and hidden gradient, and its own weight's.
+            A weight that is a DTensor is gathered without a group, as `gather_head` does.
 
     Returns:
         TokenStats(logprob, entropy, lse), each [...], float32 (float64 for float64 input), differentiable together
@@ -336,15 +394,38 @@ def linear_token_stats(
     Raises:
         IndexError: a label is outside [0, V) and not `ignore_index` (on the CPU; on a GPU that row is NaN).
         TypeError: dtypes that differ or are none of the above.
-        ValueError: shapes, devices, temperature, softcap, mode, memory_budget or chunk.
+        ValueError: shapes, devices, temperature, softcap, mode, memory_budget or chunk; ranks that were given other
+            rows or options, on every rank.
         RuntimeError: an `impl` that is not available here, or mode="fused" where Triton is not.
     """
     op = "linear_token_stats"
     hidden, weight, bias = autocast(hidden, weight, bias)
-    check_linear(op, hidden, weight, labels, bias, memory_budget, chunk)
-    check_scaling(op, temperature, softcap, labels.shape)
-    if mode not in MODES:
-        raise ValueError(f"{op}: mode={mode!r} is unknown; expected one of {', '.join(map(repr, MODES))}")
+    if group is not None or is_sharded(weight) or is_sharded(hidden):
+        hidden, weight, bias, group = take_shards(op, hidden, weight, bias, group)
+
+    def check() -> None:
+        check_linear(op, hidden, weight, labels, bias, memory_budget, chunk)
+        check_scaling(op, temperature, softcap, labels.shape)
+        if mode not in MODES:
+            raise ValueError(f"{op}: mode={mode!r} is unknown; expected one of {', '.join(map(repr, MODES))}")
+
+    if group is not None:
+        return _over_group(
+            group,
+            check,
+            hidden,
+            weight,
+            labels,
+            impl,
+            memory_budget,
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            ignore_index=ignore_index,
+            mode=mode,
+            chunk=chunk,
+        )
+    check()
     if mode == "fused":
         impl = _impl_of_fused(impl, hidden)
     result: TokenStats = select(op, IMPLEMENTATIONS, impl, hidden).run(
