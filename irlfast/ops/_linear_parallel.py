@@ -117,8 +117,8 @@ class LinearPolicyRefStatsParallel(torch.autograd.Function):
         ref_hidden, ref_weight, ref_bias = ref
         rows = Rows(labels, row_temperature, temperature, softcap, ref_hidden)
         models = Models(weight, bias, ref_weight, ref_bias)
-        outputs: PairOutputs = forward_pair(ctx.epilogue, hidden, models, rows, IGNORED, chunk, share=part)
         ctx.epilogue, ctx.part, ctx.numbers = SlicedPairEpilogue(epilogue), part, (temperature, softcap, chunk)
+        outputs: PairOutputs = forward_pair(ctx.epilogue, hidden, models, rows, IGNORED, chunk, share=part)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(outputs[3])
         ctx.save_for_backward(

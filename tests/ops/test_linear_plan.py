@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from allocations import Allocations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -32,9 +31,6 @@ from irlfast.ops._linear_plan import (
     plan_scaling,
     whole_pieces,
 )
-
-sys.path.append(str(Path(__file__).parent))
-from allocations import Allocations
 
 MODES = ["recompute", "keep", "frozen"]
 MIB = 1 << 20
