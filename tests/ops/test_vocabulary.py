@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -236,7 +240,7 @@ def test_labels_of_a_slice() -> None:
     assert part.localise(labels, -7).tolist()[-2] == IGNORED
 
 
-def test_a_group_of_one_is_no_group(tmp_path: Any) -> None:
+def test_a_group_of_one_is_no_group(tmp_path: Path) -> None:
     """In this process: the whole head is the slice, and the bits those without a group."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
@@ -261,3 +265,17 @@ def test_a_group_of_one_is_no_group(tmp_path: Any) -> None:
             assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_the_page_s_example(tmp_path: Path) -> None:
+    """As it is printed, by torchrun."""
+    page = (Path(__file__).parents[2] / "docs" / "parallel.md").read_text()
+    (tmp_path / "split.py").write_text(page.split("```python\n")[1].split("```")[0])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "split.py"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    said = sorted(done.stdout.splitlines())
+    assert [line.split(", ", 1)[1] for line in said] == ["gradient of (700, 32)", "gradient of (300, 32)"]
+    assert said[0].split(",")[0].split("loss")[1] == said[1].split(",")[0].split("loss")[1]
