@@ -117,6 +117,7 @@ SAID = {
     "softcap": "softcaps differ between the ranks",
     "temperature": "temperatures differ between the ranks",
     "mode": "mode='fast' is unknown",
+    "fused": "mode='fused' takes a whole vocabulary, this one is split",
     "impl": "impl='cuda' is unknown",
     "gradient": "needs of a gradient differ between the ranks",
     "label": "labels[4] = 5003 is outside [0, 5003)",

@@ -106,6 +106,7 @@ def refusals(rank: int) -> dict[str, str]:
         "softcap": call(softcap=5.0 if second else None),
         "temperature": call(temperature=2.0 if second else 1.0),
         "mode": call(mode="fast" if second else "keep"),
+        "fused": call(mode="fused"),
         "impl": call(impl="cuda" if second else "cpu"),
         "gradient": call(hidden=given.hidden.clone().requires_grad_(second)),
         "label": call(labels=outside),
