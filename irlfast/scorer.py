@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ class RewardScorer:
         tokenizer = AutoTokenizer.from_pretrained(name)
         return cls(reward, tokenizer, language_model, form=form or trained_form(folder), batch_size=batch_size)
 
-    def _tokenize(self, row: Demonstration) -> TokenizedDemonstration | DataError:
+    def _tokenize(self, row: Demonstration, empty_responses: bool) -> TokenizedDemonstration | DataError:
         """One row as in training, or why it has no token to judge."""
         longest = self.form.max_response_tokens
         try:
@@ -150,19 +150,28 @@ class RewardScorer:
                 prompt_tokens=self.form.prompt_tokens,
             )[0]
         except DataError as error:
-            return error
+            if not empty_responses or row.is_text or row.response.strip():
+                return error
+        # The prompt's tokens do not depend on what follows it.
+        filled = self._tokenize(replace(row, response="."), False)
+        if isinstance(filled, DataError):
+            return filled
+        return replace(filled, response_ids=(self.tokenizer.eos_token_id,), truncated=False)
 
-    def score(self, rows: Sequence[Demonstration], *, tokens: bool = False) -> list[Score | DataError]:
+    def score(
+        self, rows: Sequence[Demonstration], *, tokens: bool = False, empty_responses: bool = False
+    ) -> list[Score | DataError]:
         """Score rows in their order.
 
         Args:
             rows: pairs, chats or plain texts.
             tokens: also give each response's tokens, and their rewards where the model has any.
+            empty_responses: judge an empty response as EOS alone, which is what a sampler that says nothing says.
 
         Returns:
             A Score for each row, or the DataError that says why it cannot be judged.
         """
-        tokenized = [self._tokenize(row) for row in rows]
+        tokenized = [self._tokenize(row, empty_responses) for row in rows]
         ready = [(index, row) for index, row in enumerate(tokenized) if not isinstance(row, DataError)]
         # Rows of like length share a batch: less padding.
         ready.sort(key=lambda item: len(item[1].prompt_ids) + len(item[1].response_ids))

@@ -9,8 +9,12 @@ import tyro
 
 from .bilevel import BiLevelCommand, run_bilevel
 from .demo import DemoCommand, run_demo
+from .extract import ExtractCommand, run_extract
+from .pairs import PairsCommand, run_pairs
+from .pipeline import PipelineCommand, run_pipeline
 from .report import ReportCommand, run_report
 from .score import ScoreCommand, run_score
+from .tune import TuneCommand, run_tune
 
 Subcommand = Callable[[], int]
 
@@ -35,6 +39,26 @@ def _score(command: Annotated[ScoreCommand, tyro.conf.arg(name="")]) -> Subcomma
     return lambda: run_score(command)
 
 
+def _extract(command: Annotated[ExtractCommand, tyro.conf.arg(name="")]) -> Subcommand:
+    """Learn the reward behind pairs of answers, and say on test pairs how good it is."""
+    return lambda: run_extract(command)
+
+
+def _pairs(command: Annotated[PairsCommand, tyro.conf.arg(name="")]) -> Subcommand:
+    """Sample a tuned model and its base on the same prompts: the pairs that its reward is extracted from."""
+    return lambda: run_pairs(command)
+
+
+def _pipeline(command: Annotated[PipelineCommand, tyro.conf.arg(name="")]) -> Subcommand:
+    """Tune on a known reward, extract it from samples, tune a fresh model on what was extracted: the whole chain."""
+    return lambda: run_pipeline(command)
+
+
+def _tune(command: Annotated[TuneCommand, tyro.conf.arg(name="")]) -> Subcommand:
+    """Fine-tune a language model on a given reward, held near its start by a KL."""
+    return lambda: run_tune(command)
+
+
 def _doctor() -> Subcommand:
     """Show what was built, which instruction set and devices are there, and which optional packages are missing."""
     from irlfast.doctor import main
@@ -47,5 +71,9 @@ SUBCOMMANDS: dict[str, Callable[..., Subcommand]] = {
     "bilevel": _bilevel,
     "report": _report,
     "score": _score,
+    "tune": _tune,
+    "pairs": _pairs,
+    "extract": _extract,
+    "pipeline": _pipeline,
     "doctor": _doctor,
 }

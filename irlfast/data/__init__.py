@@ -2,7 +2,8 @@
 
 from .demonstrations import DataError, Demonstration, Message, load_demonstrations
 from .demonstrations import split_demonstrations as split
-from .preferences import Preference, Splits, load_preferences
+from .preference_rows import Preference
+from .preferences import Splits, load_preferences
 from .tokenize import TokenizedDemonstration, TokenizedDemonstrations, digest, token_pieces, tokenize_demonstrations
 
 __all__ = [

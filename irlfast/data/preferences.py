@@ -1,15 +1,4 @@
-"""Read preferences: of two answers to one prompt, which is the better one.
-
-A row has one of these forms; other fields are ignored:
-
-    {"prompt", "chosen", "rejected"}                              a pair
-    {"chosen", "rejected"}                                        two dialogues of "Human:" and "Assistant:" turns;
-                                                                  the prompt is all that they share (hh-rlhf)
-    {"question" or "prompt", "candidates", "preferences"}         answers, and {"first", "second", "preferred"} with
-                                                                  preferred 1, 2 or 0 for neither (qa-feedback)
-    {"prompt", "response", "source", "prompt_id"}                 samples of a tuned model and of its base: every tuned
-                                                                  answer over every base answer to the same prompt
-    {"text", SCORE} or {"prompt", "response", SCORE}              scored texts; the higher score is preferred
+"""Read preferences: of two answers to one prompt, which is the better one. preference_rows.py has the forms of a row.
 
 Rows of one prompt never come apart: train, validation and test are split by prompt, and by text where there is none,
 BEFORE scored texts are paired, so no text of the test is ever trained on.
@@ -18,40 +7,16 @@ BEFORE scored texts are paired, so no text of the test is ever trained on.
 from __future__ import annotations
 
 import random
-import re
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
-from .demonstrations import DataError, json_lines, required_string
-
-TUNED, BASE = "tuned", "base"
-_TURN = re.compile(r"\n\n(Human|Assistant):")
+from .demonstrations import DataError, json_lines
+from .preference_rows import SPLITS, Preference, Scored, read_pairs, read_scored
 
 R = TypeVar("R")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preference:
-    """Two answers to one prompt, the first of which is better.
-
-    Args:
-        prompt: what both answer; "" for plain texts.
-        chosen, rejected: the better and the worse answer.
-        chosen_score, rejected_score: what a ground truth says of them, where there is one.
-        key: equal for rows that must not be split.
-        source: where the row was read, "file:line" (from 1).
-    """
-
-    prompt: str
-    chosen: str
-    rejected: str
-    chosen_score: float | None = None
-    rejected_score: float | None = None
-    key: Hashable = None
-    source: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,17 +26,6 @@ class Splits(Generic[R]):
     train: list[R]
     validation: list[R]
     test: list[R]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scored:
-    """A text and the number somebody gave it. prompt is "" for plain texts; key as in Preference."""
-
-    prompt: str
-    response: str
-    score: float
-    key: Hashable
-    source: str
 
 
 def load_preferences(
@@ -115,15 +69,19 @@ def load_preferences(
         raise DataError(f"{path} has no rows")
     if score_field is not None:
         sign = -1.0 if lower_is_better else 1.0
-        texts = split_by_key([_scored(row, where, score_field, sign) for where, row in located], fractions, seed)
+        texts = split_by_key([read_scored(row, where, score_field, sign) for where, row in located], fractions, seed)
 
         def pair(rows: list[Scored]) -> list[Preference]:
             return pair_scored(rows, pairs_per_text=pairs_per_text, min_gap=min_gap, seed=seed)
 
         splits = Splits(train=pair(texts.train), validation=pair(texts.validation), test=pair(texts.test))
     else:
-        splits = split_by_key(list(_pairs(located)), fractions, seed)
-    for name in ("train", "validation", "test"):
+        rows = list(read_pairs(located))
+        told = {row.split for row in rows}
+        if "" in told and len(told) > 1:
+            raise DataError(f"{path}: some rows have a split and some have none; give all of them one, or none")
+        splits = split_by_key(rows, fractions, seed) if told <= {""} else _as_told(rows)
+    for name in SPLITS:
         if not getattr(splits, name):
             raise DataError(f"{path}: no pair in the {name} split; give more rows, or other fractions ({fractions})")
     return splits
@@ -140,6 +98,11 @@ def split_by_key(rows: Sequence[R], fractions: tuple[float, float, float], seed:
     for row in rows:
         parts[place[row.key]].append(row)  # type: ignore[attr-defined]
     return Splits(train=parts[0], validation=parts[1], test=parts[2])
+
+
+def _as_told(rows: Sequence[Preference]) -> Splits[Preference]:
+    train, validation, test = ([row for row in rows if row.split == name] for name in SPLITS)
+    return Splits(train=train, validation=validation, test=test)
 
 
 def pair_scored(
@@ -176,151 +139,3 @@ def pair_scored(
             if made == pairs_per_text:
                 break
     return list(found.values())
-
-
-def parse_dialogue_pair(chosen: str, rejected: str, where: str = "") -> tuple[str, str, str]:
-    """(prompt, chosen answer, rejected answer) of two dialogues: the prompt is the turns that both share, and ends with
-    the "\\n\\nAssistant:" that both go on from.
-
-    Raises:
-        DataError: a text that is no such dialogue, or two that share no turn of a human.
-    """
-    turns = [_turns(text, where) for text in (chosen, rejected)]
-    shared = 0
-    for left, right in zip(*turns, strict=False):
-        if left != right:
-            break
-        shared += 1
-    # Equal dialogues differ nowhere; both answer with their last turn then.
-    shared = min(shared, len(turns[0]) - 1, len(turns[1]) - 1)
-    while shared > 0 and not (turns[0][shared][0] == turns[1][shared][0] == "Assistant"):
-        shared -= 1
-    if shared == 0:
-        raise DataError(f"{where}: chosen and rejected share no human turn that both answer")
-    prompt = "".join(f"\n\n{role}:{text}" for role, text in turns[0][:shared]) + "\n\nAssistant:"
-    answers = []
-    for side in turns:
-        (_, answer), *later = side[shared:]
-        answers.append((answer + "".join(f"\n\n{role}:{text}" for role, text in later)).strip())
-    return prompt, answers[0], answers[1]
-
-
-def _turns(text: str, where: str) -> list[tuple[str, str]]:
-    parts = _TURN.split(text)
-    if len(parts) < 5 or parts[0].strip() or parts[-2] != "Assistant":
-        raise DataError(
-            f'{where}: expected a dialogue of "\\n\\nHuman:" and "\\n\\nAssistant:" turns that ends with the '
-            f'assistant\'s, or a "prompt" beside chosen and rejected; got {text[:60]!r}'
-        )
-    return list(zip(parts[1::2], parts[2::2], strict=True))
-
-
-def _pairs(located: Iterable[tuple[str, Any]]) -> Iterator[Preference]:
-    samples: list[tuple[str, Mapping[str, Any]]] = []
-    for where, row in located:
-        if not isinstance(row, Mapping):
-            raise DataError(f"{where}: expected an object, got {type(row).__name__}")
-        fields = row.keys()
-        if {"prompt", "response", "source", "prompt_id"} <= fields:
-            samples.append((where, row))
-            continue
-        form = next((read for needed, read in _FORMS if needed <= fields), None)
-        if form is None:
-            raise DataError(
-                f"{where}: no form of preference has the fields {sorted(fields)}; expected chosen and rejected, "
-                "candidates and preferences, or response, source and prompt_id; scored texts need score_field"
-            )
-        yield from form(row, where)
-    yield from _sampled_pairs(samples)
-
-
-def _pair(row: Mapping[str, Any], where: str) -> Iterator[Preference]:
-    chosen, rejected = required_string(row, "chosen", where), required_string(row, "rejected", where)
-    if row.get("prompt") is not None:
-        prompt = required_string(row, "prompt", where)
-    else:
-        prompt, chosen, rejected = parse_dialogue_pair(chosen, rejected, where)
-    if chosen != rejected:  # equal answers say nothing
-        yield Preference(prompt=prompt, chosen=chosen, rejected=rejected, key=_key(prompt), source=where)
-
-
-def _candidates(row: Mapping[str, Any], where: str) -> Iterator[Preference]:
-    prompt = required_string(row, "question" if "question" in row else "prompt", where)
-    candidates, preferences = row["candidates"], row["preferences"]
-    if not isinstance(candidates, list) or not all(isinstance(text, str) for text in candidates):
-        raise DataError(f"{where}: field 'candidates' must be a list of strings")
-    if not isinstance(preferences, list):
-        raise DataError(f"{where}: field 'preferences' must be a list")
-    for i, item in enumerate(preferences):
-        try:
-            first, second, preferred = item["first"], item["second"], item["preferred"]
-            answers = candidates[first], candidates[second]
-        except (KeyError, TypeError, IndexError) as cause:
-            raise DataError(
-                f"{where}: field 'preferences', item {i} must be {{first, second, preferred}} with places in "
-                f"{len(candidates)} candidates, got {item!r}"
-            ) from cause
-        if preferred not in (0, 1, 2):
-            raise DataError(f"{where}: field 'preferences', item {i}: preferred is {preferred!r}, expected 0, 1 or 2")
-        if preferred and answers[0] != answers[1]:
-            chosen, rejected = answers if preferred == 1 else answers[::-1]
-            yield Preference(prompt=prompt, chosen=chosen, rejected=rejected, key=_key(prompt), source=where)
-
-
-_FORMS: tuple[tuple[set[str], Callable[[Mapping[str, Any], str], Iterator[Preference]]], ...] = (
-    ({"chosen", "rejected"}, _pair),
-    ({"candidates", "preferences"}, _candidates),
-)
-
-
-def _sampled_pairs(located: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Preference]:
-    """Every answer of the tuned model over every one of the base, prompt by prompt."""
-    groups: dict[Any, dict[str, list[tuple[str, float | None, str, str]]]] = {}
-    for where, row in located:
-        side = row["source"]
-        if side not in (TUNED, BASE):
-            raise DataError(f"{where}: field 'source' is {side!r}, expected {TUNED!r} or {BASE!r}")
-        prompt, response = required_string(row, "prompt", where), required_string(row, "response", where)
-        score = _number(row, "score", where) if row.get("score") is not None else None
-        groups.setdefault(row["prompt_id"], {TUNED: [], BASE: []})[side].append((response, score, prompt, where))
-    for group, sides in groups.items():
-        for chosen, chosen_score, prompt, where in sides[TUNED]:
-            for rejected, rejected_score, other, other_where in sides[BASE]:
-                if prompt != other:
-                    raise DataError(f"{other_where}: prompt_id {group!r} has another prompt than in {where}")
-                if chosen != rejected:
-                    yield Preference(
-                        prompt=prompt,
-                        chosen=chosen,
-                        rejected=rejected,
-                        chosen_score=chosen_score,
-                        rejected_score=rejected_score,
-                        key=_key(prompt),
-                        source=where,
-                    )
-
-
-def _scored(row: Any, where: str, field: str, sign: float) -> Scored:
-    if not isinstance(row, Mapping):
-        raise DataError(f"{where}: expected an object, got {type(row).__name__}")
-    if field not in row:
-        raise DataError(f"{where}: field {field!r}, the score, is missing; fields found: {sorted(row)}")
-    plain = "text" in row
-    response = required_string(row, "text" if plain else "response", where)
-    prompt = "" if plain else required_string(row, "prompt", where)
-    key = _key(response) if plain else _key(prompt)
-    return Scored(
-        prompt=prompt, response=response, score=sign * _number(row, field, where) + 0.0, key=key, source=where
-    )
-
-
-def _number(row: Mapping[str, Any], field: str, where: str) -> float:
-    value = row[field]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-        raise DataError(f"{where}: field {field!r} must be a number, got {value!r}")
-    return float(value)
-
-
-def _key(text: str) -> str:
-    """Equal for texts that differ in white space alone."""
-    return " ".join(text.split())

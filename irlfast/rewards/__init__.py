@@ -26,6 +26,7 @@ from .normalizer import RewardNormalizer
 from .pooling import pool
 from .reader import ReaderConfig, read, reward_inputs
 from .storage import load_reward_model, save_reward_model
+from .text import TextReward, TextRewardConfig, TextRewardModel, load_text_reward
 from .trajectory import TrajectoryRewardConfig, TrajectoryRewardModel
 
 __all__ = [
@@ -43,12 +44,16 @@ __all__ = [
     "RewardModelConfig",
     "RewardNormalizer",
     "RewardPart",
+    "TextReward",
+    "TextRewardConfig",
+    "TextRewardModel",
     "TokenRewards",
     "TrajectoryRewardConfig",
     "TrajectoryRewardModel",
     "create_reward_model",
     "export_sequence_classifier",
     "load_reward_model",
+    "load_text_reward",
     "pool",
     "read",
     "reward_inputs",

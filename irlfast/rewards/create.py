@@ -20,11 +20,13 @@ def model_class(model_type: str, *, where: str = "model_type") -> type[BaseRewar
     from .backbone import BackboneRewardModel
     from .model import RewardModel
     from .multi import EnsembleRewardModel, MultiRewardModel
+    from .text import TextRewardModel
     from .trajectory import TrajectoryRewardModel
 
     classes: tuple[type[BaseRewardModel], ...] = (
         *(RewardModel, TrajectoryRewardModel, MultiRewardModel, EnsembleRewardModel),
         BackboneRewardModel,
+        TextRewardModel,
     )
     for cls in classes:
         if cls.model_type == model_type:

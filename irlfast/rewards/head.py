@@ -106,7 +106,7 @@ class PooledRewardModel(BaseRewardModel):
 
     def features(self, *inputs: Any, **named: Any) -> Tensor:
         """Pooled and standardised features [B, F], what the head reads; differentiable."""
-        return self._standardise(pool(*self.states(*inputs, **named), self.config.pooling))
+        return self.standardise(pool(*self.states(*inputs, **named), self.config.pooling))
 
     def head(self, features: Tensor) -> Tensor:
         """Raw rewards of standardised features: [..., F] -> [...], float32 (float64 for a float64 model)."""
@@ -136,12 +136,12 @@ class PooledRewardModel(BaseRewardModel):
         with evaluating(self):
             states, mask = self.states(*inputs, **named)
             if self.config.is_additive:
-                terms = self.head(self._standardise(states))
+                terms = self.head(self.standardise(states))
                 return TokenRewards(terms.masked_fill(~mask, 0.0), "mean")
             average = self.head(torch.zeros_like(self.feature_mean)).expand(mask.shape[0])
             if pooling_kinds(self.config.pooling) == ("last",):
-                return prefix_differences(self.head(self._standardise(states)), mask, average)
-            features = self._standardise(pool(states, mask, self.config.pooling))
+                return prefix_differences(self.head(self.standardise(states)), mask, average)
+            features = self.standardise(pool(states, mask, self.config.pooling))
             values = self._shares(states, mask, features, _integrated_gradient(self.head, features))
             missed = self.head(features) - values.sum(1)
         values = values + (missed / mask.sum(1).clamp(min=1))[:, None]
@@ -164,7 +164,8 @@ class PooledRewardModel(BaseRewardModel):
                 shares = shares.scatter_add(1, masked.argmax(1) if kind == "max" else last, feature * slope)
         return shares
 
-    def _standardise(self, pooled: Tensor) -> Tensor:
+    def standardise(self, pooled: Tensor) -> Tensor:
+        """Pooled features [..., F] in the units that `head` reads."""
         return (pooled.to(self.feature_mean.dtype) - self.feature_mean) / self.feature_std
 
     @torch.no_grad()

@@ -36,10 +36,15 @@ class Optimizer:
         self.total_steps = total_steps
         self.step_count = 0
         self._parameters = [p for p in module.parameters() if p.requires_grad]
-        if not self._parameters:
+        if not self._parameters and total_steps:
             raise ValueError(f"{type(module).__name__} has no parameter that requires a gradient: nothing to train")
+        # AdamW takes no empty list; a frozen module, which no step will change, gets one that holds nothing.
         self._adamw = torch.optim.AdamW(
-            self._parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+            self._parameters or [{"params": []}],
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
         )
 
     def zero_grad(self) -> None:

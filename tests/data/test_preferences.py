@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from irlfast.data import DataError, load_preferences
-from irlfast.data.preferences import Scored, pair_scored, parse_dialogue_pair
+from irlfast.data.preference_rows import Scored, parse_dialogue_pair
+from irlfast.data.preferences import pair_scored
 
 THIRDS = (0.4, 0.3, 0.3)
 
