@@ -234,6 +234,6 @@ def trained_form(reward: Path) -> TextForm:
         return TextForm()
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     return TextForm(
-        prompt_tokens=config["data"]["prompt_tokens"],
-        max_response_tokens=config["train"]["rollout"]["max_new_tokens"],
+        prompt_tokens=config.get("data", {}).get("prompt_tokens", TextForm.prompt_tokens),
+        max_response_tokens=config.get("train", {}).get("rollout", {}).get("max_new_tokens"),
     )
