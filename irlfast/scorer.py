@@ -202,7 +202,10 @@ class RewardScorer:
             yield Score(
                 reward=float(rewards[index]),
                 normalised=float(normalised[index]),
-                tokens=token_pieces(row.response_ids, self.tokenizer) if tokens else [],
+                # Decoded together: some tokenizers drop the space in front of a text's first token.
+                tokens=token_pieces([*row.prompt_ids, *row.response_ids], self.tokenizer)[len(row.prompt_ids) :]
+                if tokens
+                else [],
                 token_rewards=None if given is None else given.values[index][mask].tolist(),
                 kind=None if given is None else given.kind,
                 components={name: float(values[index]) for name, values in components.items()},

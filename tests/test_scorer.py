@@ -81,7 +81,7 @@ def test_a_score_is_the_reward_of_the_text_as_it_was_tokenised(
             want = reward(read(language_model, ids, real, mask, reward.source).hidden_states, mask, real)  # type: ignore[arg-type]
     assert score.reward == pytest.approx(float(want), abs=1e-5)
     assert score.normalised == pytest.approx((score.reward - 0.5) / 1.5, abs=1e-5)
-    assert "".join(score.tokens) == "there was a dog named Max.<s>"
+    assert "".join(score.tokens) == " there was a dog named Max.<s>"
     assert score.token_rewards is not None
     made_up = sum(score.token_rewards) / (len(score.tokens) if score.kind == "mean" else 1)
     assert made_up == pytest.approx(score.reward, abs=1e-5)

@@ -52,7 +52,7 @@ _EVALUATION: tuple[Panel, ...] = (
         "What the reward follows",
         "rank correlation with length (dashed) and with repetition",
         (("reward_repetition", "repetition", "policy"), ("reward_length", "length", "expert")),
-        (0.0, "nothing"),
+        (0.0, ""),
     ),
     (
         "Disagreement of the ensemble",

@@ -23,7 +23,8 @@ body {
 }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .25rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; padding-top: .75rem; border-top: 1px solid var(--rule); }
-h3 { font-size: 1rem; margin: 0 0 .25rem; }
+h3 { font-size: 1rem; margin: 1.25rem 0 .4rem; }
+.card h3 { margin: 0 0 .25rem; }
 p { margin: .25rem 0; max-width: 48rem; }
 .soft, .note { color: var(--soft); }
 .soft { font-size: .9rem; }

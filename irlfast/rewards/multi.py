@@ -168,14 +168,13 @@ class EnsembleRewardModel(_Parts):
         return torch.stack([part(*inputs) for part in self._parts()])
 
     def components(self, *inputs: Tensor) -> dict[str, Tensor]:
-        """ "mean" and "disagreement", the mean and standard deviation [B] over the members."""
-        std, mean = torch.std_mean(self.members(*inputs), dim=0, correction=0)
-        return {"mean": mean, "disagreement": std}
+        """The standard deviation [B] over the members, as "disagreement"."""
+        return {"disagreement": self.members(*inputs).std(0, correction=0)}
 
     def forward(self, *inputs: Any) -> Tensor:
         """The members' mean less the penalty for their disagreement, [B]."""
-        parts = self.components(*inputs)
-        return parts["mean"] - self.config.penalty * parts["disagreement"]
+        std, mean = torch.std_mean(self.members(*inputs), dim=0, correction=0)
+        return mean - self.config.penalty * std
 
     @property
     def has_token_rewards(self) -> bool:

@@ -83,11 +83,14 @@ def response_rows(
     rows = []
     for place, index in enumerate(picked):
         ids, mask = part.input_ids[place], part.response_mask[place]
+        # Decoded together: some tokenizers drop the space in front of a text's first token.
+        pieces = decode(ids[part.attention_mask[place]].tolist())
+        start = int(part.prompt_lengths[place])
         row: dict[str, Any] = {
             "source": source,
             "index": index,
-            "prompt": "".join(decode(ids[part.attention_mask[place] & ~mask].tolist())),
-            "tokens": decode(ids[mask].tolist()),
+            "prompt": "".join(pieces[:start]),
+            "tokens": pieces[start:],
             "reward": _short(float(judgement.rewards[index])),
         }
         if judgement.components:

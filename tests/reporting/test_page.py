@@ -10,6 +10,7 @@ import pytest
 
 from irlfast.cli import main
 from irlfast.reporting import Run, read_run, render_report, write_report
+from irlfast.reporting.style import CSS
 
 ATTACK = "<script>alert('x')</script><img src=x onerror=alert(1)>\" onmouseover=\"alert(2)"
 
@@ -220,3 +221,29 @@ def test_a_folder_that_is_no_run_is_an_error_in_words(
     assert main(["report", str(tmp_path)]) == 1
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "report.html").exists()
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_text_stands_out_from_what_is_behind_it(mode: str) -> None:
+    """WCAG 2 AA: 4.5 to 1 for text, also on the strongest token colours; 3 to 1 for lines and marks."""
+    light, dark = CSS.split("prefers-color-scheme: dark")
+    colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", dark if mode == "dark" else light))
+
+    def contrast(a: str, b: str) -> float:
+        high, low = sorted((luminance(colours[a]), luminance(colours[b])), reverse=True)
+        return (high + 0.05) / (low + 0.05)
+
+    tokens = [f"{sign}{step}" for sign in ("for", "against") for step in (1, 2, 3, 4)]
+    for behind in ("page", "card", "warn-page", *tokens):
+        assert contrast("ink", behind) >= 4.5, behind
+    for behind in ("page", "card"):
+        assert contrast("soft", behind) >= 4.5
+        assert contrast("link", behind) >= 4.5
+    for line in ("policy", "expert"):
+        assert contrast(line, "card") >= 3

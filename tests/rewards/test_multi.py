@@ -30,8 +30,8 @@ def test_a_penalty_takes_the_disagreement_off(make_reward, trajectories):
     options = {"options": {"hidden_size": 6}, "members": 3, "penalty": 1.5}
     torch.manual_seed(0)
     careful = create_reward_model(options, "ensemble")
-    parts = careful.components(*trajectories)
-    torch.testing.assert_close(careful(*trajectories), parts["mean"] - 1.5 * parts["disagreement"])
+    members = careful.members(*trajectories)
+    torch.testing.assert_close(careful(*trajectories), members.mean(0) - 1.5 * members.std(0, correction=0))
     assert not careful.has_token_rewards
     with pytest.raises(NotImplementedError, match=r"an ensemble with penalty = 1\.5 has no rewards a token"):
         careful.token_rewards(*trajectories)
