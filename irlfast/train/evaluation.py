@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from irlfast.data import TokenizedDemonstration
-from irlfast.eval.text import rank_correlation, repetition, roc_auc
+from irlfast.eval.ranking import correlations
+from irlfast.eval.text import repetition, roc_auc
 from irlfast.rollout import RolloutEngine, Rollouts, SamplingParams, Sequences
 
 from .samples import Judgement
@@ -50,7 +52,8 @@ def evaluate_policy(
         kl, kl_per_token: mean log pi - log ref over the samples, nats a response and a token; with a reference only.
         reward_auc: chance that a demonstration's reward exceeds a sample's; reward_expert, reward_sample: their means.
             With a reward only, as are
-        reward_length, reward_repetition: rank correlation of the samples' rewards with their length and repetition.
+        reward_length, reward_repetition: rank correlation of the samples' rewards with their length and repetition; 0
+            where either does not vary.
         NAME_expert, NAME_sample: means of each component of the reward, where it has any.
         and whatever `sample_metrics` makes of the samples. `on_judged` is called with the samples and the
         demonstrations, each with what the reward says of them.
@@ -89,8 +92,8 @@ def evaluate_policy(
         metrics["reward_auc"] = roc_auc(of_experts.rewards, of_samples.rewards)
         metrics["reward_expert"] = float(of_experts.rewards.mean())
         metrics["reward_sample"] = float(of_samples.rewards.mean())
-        metrics["reward_length"] = rank_correlation(of_samples.rewards, lengths)
-        metrics["reward_repetition"] = rank_correlation(of_samples.rewards, lengths.new_tensor(repeated))
+        metrics["reward_length"] = _rank_correlation(of_samples.rewards, lengths)
+        metrics["reward_repetition"] = _rank_correlation(of_samples.rewards, lengths.new_tensor(repeated))
         for name, values in of_experts.components.items():
             metrics[f"{name}_expert"] = float(values.mean())
             metrics[f"{name}_sample"] = float(of_samples.components[name].mean())
@@ -104,6 +107,11 @@ def evaluate_policy(
 def _judge(reward: RewardFunction, sequences: Sequences) -> Judgement:
     said = reward(sequences)
     return said if isinstance(said, Judgement) else Judgement(rewards=said)
+
+
+def _rank_correlation(rewards: Tensor, values: Tensor) -> float:
+    spearman = correlations(rewards.cpu(), values.cpu()).spearman if len(rewards) > 1 else math.nan
+    return 0.0 if math.isnan(spearman) else spearman
 
 
 def _mean(values: object) -> float:

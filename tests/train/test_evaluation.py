@@ -10,6 +10,7 @@ from irlfast.data import TokenizedDemonstration
 from irlfast.eval import toy
 from irlfast.rollout import Rollouts, SamplingParams, Sequences, TransformersEngine
 from irlfast.train.evaluation import evaluate_policy, response_tokens
+from irlfast.train.samples import Judgement
 from irlfast.train.scoring import sequence_sum
 
 SAMPLING = SamplingParams(max_new_tokens=toy.MAX_RESPONSE, n=4)
@@ -139,3 +140,30 @@ def test_the_policy_keeps_its_mode_and_gets_no_gradient(
     with pytest.raises(RuntimeError, match="no figures"):
         evaluate(policy, toy_rows(4), sample_metrics=broken)
     assert policy.training is training
+
+
+def test_what_the_reward_follows_is_a_rank_correlation(toy_rows: Callable[..., list[TokenizedDemonstration]]) -> None:
+    """A reward that is the length, one that is its opposite in another scale, and one that is constant."""
+    policy, rows = random_policy(0), toy_rows(50)
+
+    def length(sequences: Sequences) -> torch.Tensor:
+        return sequences.response_lengths.float()
+
+    assert evaluate(policy, rows, reward=length)["reward_length"] == pytest.approx(1.0)
+    assert evaluate(policy, rows, reward=lambda s: -length(s).exp())["reward_length"] == pytest.approx(-1.0)
+    assert evaluate(policy, rows, reward=lambda s: torch.ones(len(s)))["reward_length"] == 0.0
+
+
+def test_components_of_a_reward_are_reported_by_name(toy_rows: Callable[..., list[TokenizedDemonstration]]) -> None:
+    seen: list[int] = []
+
+    def judge(sequences: Sequences) -> Judgement:
+        rewards = sequences.response_lengths.float()
+        return Judgement(rewards=rewards, components={"style": 2 * rewards})
+
+    metrics = evaluate(
+        random_policy(0), toy_rows(20), reward=judge, on_judged=lambda *sides: seen.extend(len(s) for s, _ in sides)
+    )
+    assert metrics["style_sample"] == pytest.approx(2 * metrics["reward_sample"])
+    assert metrics["style_expert"] == pytest.approx(2 * metrics["reward_expert"])
+    assert seen == [20, 20]
