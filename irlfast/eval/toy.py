@@ -260,6 +260,21 @@ class ToyPolicy(nn.Module):
         return ToyOutput(logits=logits, hidden_states=hidden)
 
 
+@torch.no_grad()
+def policy_of(log_probs: Tensor, *, dtype: torch.dtype = torch.float32) -> ToyPolicy:
+    """The policy whose strings have these log-probs [121] (up to a constant): `expert_log_probs()` makes the expert."""
+    _require_one_per_string("log_probs", log_probs)
+    # Mass of all strings that begin with a prefix; that of a full prefix is its own string's.
+    mass = log_probs.detach().double().cpu().clone()
+    policy = ToyPolicy(dtype=dtype)
+    for prefix in reversed(range(NUM_OPEN_PREFIXES)):
+        children = mass[BODY_TOKENS * prefix + 1 : BODY_TOKENS * prefix + 1 + BODY_TOKENS]
+        choices = torch.cat([children, log_probs[prefix, None].double().cpu()])
+        policy.table[prefix] = choices.log_softmax(0).to(dtype)
+        mass[prefix] = choices.logsumexp(0)
+    return policy
+
+
 class _CausalOutput(Protocol):
     @property
     def logits(self) -> Tensor: ...

@@ -117,6 +117,18 @@ def test_table_can_represent_the_expert() -> None:
     assert float(loss.detach()) < 1e-4
 
 
+def test_policy_of_log_probs_has_them() -> None:
+    expert = toy.expert_log_probs()
+    torch.testing.assert_close(toy.log_probs(toy.policy_of(expert, dtype=torch.float64)).detach(), expert)
+    torch.manual_seed(0)
+    random = torch.randn(121, dtype=torch.float64) * 3
+    got = toy.log_probs(toy.policy_of(random, dtype=torch.float64)).detach()
+    torch.testing.assert_close(got, random.log_softmax(0))
+    assert toy.policy_of(expert).table.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"log_probs has shape \(3,\); expected \[121\]"):
+        toy.policy_of(torch.zeros(3))
+
+
 def test_end_of_string_is_forced_and_special_tokens_are_never_sampled() -> None:
     policy = toy.ToyPolicy()
     torch.nn.init.normal_(policy.table)
