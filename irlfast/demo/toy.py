@@ -40,7 +40,9 @@ def make_toy_trainer(seed: int = 0, config: BiLevelConfig | None = None, out: Pa
     drawn = toy.sample_strings(DEMONSTRATIONS + config.eval_prompts, seed=seed).tolist()
     rows = [TokenizedDemonstration(prompt_ids=(toy.BOS,), response_ids=strings[i], truncated=False) for i in drawn]
     policy = toy.ToyPolicy()
-    reward = RewardModel(RewardModelConfig(hidden_size=toy.NUM_FEATURES, hidden_sizes=(), pooling="last", bias=False))
+    # AIRL's reward holds -log Z as well; to the others a constant term would mean nothing.
+    level = config.reward.objective == "airl"
+    reward = RewardModel(RewardModelConfig(hidden_size=toy.NUM_FEATURES, hidden_sizes=(), pooling="last", bias=level))
     return BiLevelTrainer(
         policy=policy,
         engine=TransformersEngine(policy, eos_token_id=toy.EOS, pad_token_id=toy.PAD),

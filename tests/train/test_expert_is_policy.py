@@ -59,7 +59,6 @@ def learn_nothing(reward: RewardConfig, steps: int = 250) -> tuple[float, float]
 @pytest.mark.parametrize("objective", ["maxent", "airl", "gail"])
 def test_expert_is_policy(objective: str) -> None:
     auc, largest = learn_nothing(RewardConfig(objective=objective))
-    print(objective, auc, largest)
     assert auc == pytest.approx(0.5, abs=0.03)
     # Max-ent and AIRL learn log p_E itself, down to -8.6 with AIRL's level; GAIL what is left between the two sides.
     assert largest < MAX_REWARD
@@ -71,5 +70,4 @@ def test_bug_of_the_bilevel_system_weights_1_and_a_tenth_drive_rewards_away() ->
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         auc, largest = learn_nothing(reward)
-    print(auc, largest)
     assert largest > 100 * MAX_REWARD
