@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,18 +26,21 @@ class Score:
     """What a reward says of one response.
 
     Args:
-        reward: raw. normalised: as a policy was served it, (reward - mean) / std of the rewards seen in training.
+        reward: raw. normalised: as a policy was served it, (reward - mean) / std of the rewards seen in training; None
+            for a reward that served nobody (IQ-Learn's).
         tokens: the response's tokens as pieces of text that join to it; empty where they were not asked for.
         token_rewards, kind: see irlfast.rewards.TokenRewards; None where the model gives none.
-        components: named parts of the reward, where it has any.
+        components: named parts of the reward, where it has any, and figures beside it.
+        advantages: of the tokens, where the model has them (IQ-Learn's: log pi of the token).
     """
 
     reward: float
-    normalised: float
+    normalised: float | None
     tokens: list[str] = field(default_factory=list)
     token_rewards: list[float] | None = None
     kind: str | None = None
     components: dict[str, float] = field(default_factory=dict)
+    advantages: list[float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Its fields as plain values, without those that are empty."""
@@ -56,88 +60,21 @@ class TextForm:
     max_response_tokens: int | None = None
 
 
-class RewardScorer:
-    """Scores texts by a reward model.
+class TextScorer(ABC):
+    """Scores texts: tokenised one by one, judged in batches of like length.
 
     Args:
-        reward: any model of irlfast.rewards.
-        tokenizer: a transformers tokenizer, of the language model below or of the reward's backbone.
-        language_model: whose hidden states the reward reads; None for a reward that reads tokens.
+        tokenizer: a transformers tokenizer.
         form: how texts become tokens.
         batch_size: sequences in one pass.
-
-    Raises:
-        ValueError: a reward on hidden states without a language model, or with another than it was trained on.
     """
 
-    def __init__(
-        self,
-        reward: BaseRewardModel,
-        tokenizer: Any,
-        language_model: nn.Module | None = None,
-        *,
-        form: TextForm | None = None,
-        batch_size: int = 32,
-    ) -> None:
+    def __init__(self, tokenizer: Any, *, form: TextForm | None = None, batch_size: int = 32) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if reward.reads == "hidden_states":
-            if language_model is None or reward.source is None:
-                raise ValueError(
-                    "the reward reads hidden states and does not say whose: give the language model it was trained on"
-                )
-            trained_on, given = reward.source.weights, weights_digest(language_model)
-            if trained_on and given != trained_on:
-                raise ValueError(
-                    f"the reward was trained on hidden states of {reward.source.model or 'a model'} with weights "
-                    f"{trained_on}; the language model given has weights {given}: its states mean something else. "
-                    "Give the model that the run started from"
-                )
-        self.reward = reward.eval()
         self.tokenizer = tokenizer
-        self.language_model = language_model
         self.form = form or TextForm()
         self.batch_size = batch_size
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        directory: str | Path,
-        *,
-        model: str | None = None,
-        device: str = "cpu",
-        form: TextForm | None = None,
-        batch_size: int = 32,
-    ) -> RewardScorer:
-        """Load a reward and what it reads.
-
-        Args:
-            directory: the reward's folder, a checkpoint's, or a run's (whose newest checkpoint is taken).
-            model: folder or hub name of the language model, or of the backbone's tokenizer; None takes what is saved
-                with the reward.
-            device: where to run.
-            form: None takes what the run's own files say, where the reward lies in one.
-            batch_size: sequences in one pass.
-
-        Raises:
-            FileNotFoundError: no reward there. ValueError: it does not say what it reads, and `model` is None.
-        """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        folder = find_reward(Path(directory))
-        reward = load_reward_model(folder).to(device)
-        if reward.reads == "tokens":
-            name, language_model = model or reward.config.model, None
-        else:
-            name = model or ("" if reward.source is None else reward.source.model)
-            if not name:
-                raise ValueError(
-                    f"{folder} does not say whose hidden states it reads: give the language model with --model"
-                )
-            loaded: Any = AutoModelForCausalLM.from_pretrained(name)
-            language_model = loaded.to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        return cls(reward, tokenizer, language_model, form=form or trained_form(folder), batch_size=batch_size)
 
     def _tokenize(self, row: Demonstration, empty_responses: bool) -> TokenizedDemonstration | DataError:
         """One row as in training, or why it has no token to judge."""
@@ -182,13 +119,98 @@ class RewardScorer:
             scores.update(zip((index for index, _ in part), answers, strict=True))
         return [row if isinstance(row, DataError) else scores[index] for index, row in enumerate(tokenized)]
 
+    @abstractmethod
     def score_tokens(self, rows: Sequence[TokenizedDemonstration], *, tokens: bool = False) -> Iterator[Score]:
         """Score tokenised rows in one pass."""
+
+    def _batch(self, rows: Sequence[TokenizedDemonstration], device: torch.device) -> Sequences:
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        device = next(self.reward.parameters()).device
-        batch = Sequences.from_token_lists(
-            [list(row.prompt_ids) for row in rows], [list(row.response_ids) for row in rows], pad or 0
-        ).to(device)
+        prompts, responses = [list(row.prompt_ids) for row in rows], [list(row.response_ids) for row in rows]
+        return Sequences.from_token_lists(prompts, responses, pad or 0).to(device)
+
+
+class RewardScorer(TextScorer):
+    """Scores texts by a reward model.
+
+    Args:
+        reward: any model of irlfast.rewards.
+        tokenizer: a transformers tokenizer, of the language model below or of the reward's backbone.
+        language_model: whose hidden states the reward reads; None for a reward that reads tokens.
+        form: how texts become tokens.
+        batch_size: sequences in one pass.
+
+    Raises:
+        ValueError: a reward on hidden states without a language model, or with another than it was trained on.
+    """
+
+    def __init__(
+        self,
+        reward: BaseRewardModel,
+        tokenizer: Any,
+        language_model: nn.Module | None = None,
+        *,
+        form: TextForm | None = None,
+        batch_size: int = 32,
+    ) -> None:
+        super().__init__(tokenizer, form=form, batch_size=batch_size)
+        if reward.reads == "hidden_states":
+            if language_model is None or reward.source is None:
+                raise ValueError(
+                    "the reward reads hidden states and does not say whose: give the language model it was trained on"
+                )
+            trained_on, given = reward.source.weights, weights_digest(language_model)
+            if trained_on and given != trained_on:
+                raise ValueError(
+                    f"the reward was trained on hidden states of {reward.source.model or 'a model'} with weights "
+                    f"{trained_on}; the language model given has weights {given}: its states mean something else. "
+                    "Give the model that the run started from"
+                )
+        self.reward = reward.eval()
+        self.language_model = language_model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        model: str | None = None,
+        device: str = "cpu",
+        form: TextForm | None = None,
+        batch_size: int = 32,
+    ) -> RewardScorer:
+        """Load a reward and what it reads.
+
+        Args:
+            directory: the reward's folder, a checkpoint's, or a run's (whose newest checkpoint is taken).
+            model: folder or hub name of the language model, or of the backbone's tokenizer; None takes what is saved
+                with the reward.
+            device: where to run.
+            form: None takes what the run's own files say, where the reward lies in one.
+            batch_size: sequences in one pass.
+
+        Raises:
+            FileNotFoundError: no reward there. ValueError: it does not say what it reads, and `model` is None.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        folder = find_reward(Path(directory))
+        reward = load_reward_model(folder).to(device)
+        if reward.reads == "tokens":
+            name, language_model = model or reward.config.model, None
+        else:
+            name = model or ("" if reward.source is None else reward.source.model)
+            if not name:
+                raise ValueError(
+                    f"{folder} does not say whose hidden states it reads: give the language model with --model"
+                )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name)
+            language_model = loaded.to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        return cls(reward, tokenizer, language_model, form=form or trained_form(folder), batch_size=batch_size)
+
+    def score_tokens(self, rows: Sequence[TokenizedDemonstration], *, tokens: bool = False) -> Iterator[Score]:
+        """Score tokenised rows in one pass."""
+        batch = self._batch(rows, next(self.reward.parameters()).device)
         with torch.no_grad(), evaluating(self.reward):
             inputs = reward_inputs(
                 self.reward, self.language_model, batch.input_ids, batch.attention_mask, batch.response_mask

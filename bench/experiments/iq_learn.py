@@ -142,7 +142,7 @@ def language(task: str, data: Path) -> None:
                 task_metric=metric,
                 batch_size=64,
             )
-            found |= {f"{name}@{temperature:g}": value for name, value in sampled.items()}
+            found |= {f"{name}@{temperature:g}": value for name, value in sampled.metrics.items()}
         sizes = {"demonstrations": len(training), "heldout": len(heldout), "steps": trainer.step_count}
         results.add({**key, **found, **sizes, "cpu_seconds": round(time.process_time() - began, 1)})
 

@@ -8,8 +8,10 @@ from typing import Annotated
 import tyro
 
 from .bilevel import BiLevelCommand, run_bilevel
+from .data import DataCommand, run_data
 from .demo import DemoCommand, run_demo
 from .extract import ExtractCommand, run_extract
+from .iq import IQCommand, run_iq
 from .pairs import PairsCommand, run_pairs
 from .pipeline import PipelineCommand, run_pipeline
 from .report import ReportCommand, run_report
@@ -27,6 +29,16 @@ def _bilevel(command: Annotated[BiLevelCommand, tyro.conf.arg(name="")]) -> Subc
 def _demo(command: Annotated[DemoCommand, tyro.conf.arg(name="")]) -> Subcommand:
     """Train a small language model on arithmetic and teach it care by inverse RL: about 3 minutes, no file needed."""
     return lambda: run_demo(command)
+
+
+def _iq(command: Annotated[IQCommand, tyro.conf.arg(name="")]) -> Subcommand:
+    """Fine-tune a language model from demonstrations by IQ-Learn; its logits then hold a reward for each token."""
+    return lambda: run_iq(command)
+
+
+def _data(command: Annotated[DataCommand, tyro.conf.arg(name="")]) -> Subcommand:
+    """Write a public data set as a file of prompt/response rows."""
+    return lambda: run_data(command)
 
 
 def _report(command: Annotated[ReportCommand, tyro.conf.arg(name="")]) -> Subcommand:
@@ -69,6 +81,8 @@ def _doctor() -> Subcommand:
 SUBCOMMANDS: dict[str, Callable[..., Subcommand]] = {
     "demo": _demo,
     "bilevel": _bilevel,
+    "iq": _iq,
+    "data": _data,
     "report": _report,
     "score": _score,
     "tune": _tune,

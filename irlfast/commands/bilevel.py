@@ -13,43 +13,19 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from irlfast.data import TokenizedDemonstration, load_demonstrations, split, token_pieces, tokenize_demonstrations
+from irlfast.data import TokenizedDemonstration, token_pieces
 from irlfast.report import plot_curves, print_comparison, write_json
 from irlfast.reporting import write_report
 from irlfast.rollout import SamplingParams, TransformersEngine
 from irlfast.train import BiLevelConfig, BiLevelTrainer, OptimizerConfig, PolicyConfig, RewardConfig
-from irlfast.train.config import require
 from irlfast.train.evaluation import evaluate_policy
 from irlfast.train.log import read_log
 from irlfast.train.seeds import derive_seed
 from irlfast.train.supervised import SupervisedConfig, train_supervised
 
+from .language_model import load_language_model
 from .reward_options import RewardModelOptions, make_reward_model
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """How demonstrations are read and cut."""
-
-    prompt_field: str = "prompt"
-    """Field of a row that holds the prompt."""
-    response_field: str = "response"
-    """Field of a row that holds the response."""
-    text_field: str = "text"
-    """Field of a row of plain text; its first `prompt_tokens` tokens are the prompt, the rest the demonstration."""
-    prompt_tokens: int = 32
-    """Prompt length of plain text, in tokens, BOS included."""
-    max_prompt_tokens: int | None = None
-    """Rows with longer prompts are left out and counted."""
-    dataset_split: str = "train"
-    """Split to read where the demonstrations are a Hugging Face dataset."""
-    limit: int | None = None
-    """Read so many rows at most."""
-    heldout: int = 128
-    """Rows kept apart for evaluation; none of their prompts is trained on."""
-
-    def __post_init__(self) -> None:
-        require(self.heldout >= 1, "data.heldout", self.heldout, "at least 1 row")
+from .rows import DataConfig, read_rows
 
 
 def _default_training() -> BiLevelConfig:
@@ -101,19 +77,21 @@ def run_bilevel(command: BiLevelCommand) -> int:
     logging.basicConfig(level=logging.WARNING, format="irlfast: %(message)s")
     if not command.resume and (command.out / "metrics.jsonl").exists():
         raise FileExistsError(f"{command.out} holds an earlier run: choose another --out, or --resume that one")
-    model, tokenizer = _load(command)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    training, validation, heldout = _rows(command, tokenizer)
+    loaded = load_language_model(command.model, device=command.device, dtype=command.dtype)
+    model, tokenizer, limit = loaded.model, loaded.tokenizer, command.train.rollout.max_new_tokens
+    training, validation, heldout = read_rows(
+        command.demonstrations, command.data, tokenizer, max_response_tokens=limit, seed=command.train.seed
+    )
     torch.manual_seed(derive_seed(command.train.seed, "models", 0))
     reference = copy.deepcopy(model)
     trainer = BiLevelTrainer(
         policy=model,
-        engine=TransformersEngine(model, eos_token_id=_eos_ids(model, tokenizer), pad_token_id=pad),
+        engine=loaded.engine(),
         reward=make_reward_model(command.reward_model, model, token_statistics=command.train.reward.token_statistics),
         demonstrations=[*training, *validation],
         heldout=heldout,
         config=command.train,
-        pad_token_id=pad,
+        pad_token_id=loaded.pad_token_id,
         out=command.out,
         reference=reference,
         decode=lambda ids: token_pieces(ids, tokenizer),
@@ -167,54 +145,3 @@ def _supervised(
         reference=reference,
     )
     return {**metrics, "steps": result.steps}
-
-
-def _load(command: BiLevelCommand) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    device = command.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(command.model)
-    model: Any = AutoModelForCausalLM.from_pretrained(command.model, dtype=getattr(torch, command.dtype))
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {command.model} has no EOS token: a response could never end")
-    return model.to(device), tokenizer
-
-
-def _rows(
-    command: BiLevelCommand, tokenizer: Any
-) -> tuple[Sequence[TokenizedDemonstration], Sequence[TokenizedDemonstration], Sequence[TokenizedDemonstration]]:
-    """Rows to learn from, rows that choose when supervised fine-tuning stops, and held-out rows."""
-    data, seed = command.data, command.train.seed
-    rows = load_demonstrations(
-        command.demonstrations,
-        prompt_field=data.prompt_field,
-        response_field=data.response_field,
-        text_field=data.text_field,
-        split=data.dataset_split,
-        limit=data.limit,
-    )
-    rest, heldout = split(rows, heldout_count=data.heldout, seed=derive_seed(seed, "held-out rows", 0))
-    training, validation = split(rest, heldout_fraction=0.1, seed=derive_seed(seed, "validation rows", 0))
-    parts = [
-        tokenize_demonstrations(
-            part,
-            tokenizer,
-            max_response_tokens=command.train.rollout.max_new_tokens,
-            max_prompt_tokens=data.max_prompt_tokens,
-            prompt_tokens=data.prompt_tokens,
-        )
-        for part in (training, validation, heldout)
-    ]
-    # Different texts may begin alike: a prompt that is evaluated is not trained on, whatever follows it.
-    unseen = {row.prompt_ids for row in parts[2]}
-    learned = [[row for row in part if row.prompt_ids not in unseen] for part in parts[:2]]
-    return learned[0], learned[1], parts[2]
-
-
-def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The tokenizer's EOS, and those of the model's generation settings (chat models end turns with their own)."""
-    further = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = [tokenizer.eos_token_id, *(further if isinstance(further, list) else [further])]
-    return sorted({i for i in ids if i is not None})

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from irlfast.data import DataError, Demonstration, load_demonstrations
-from irlfast.scorer import RewardScorer, TextForm
+from irlfast.iq_scorer import load_scorer
+from irlfast.scorer import TextForm
 from irlfast.train.config import require
 
 
@@ -20,14 +21,15 @@ class ScoreCommand:
     """Score new text by a learned reward: raw, normalised, and token by token where the reward model gives that."""
 
     reward: Path
-    """The reward's folder, a checkpoint (step-N) or a run's folder, whose newest checkpoint is taken."""
+    """The reward's folder, a checkpoint (step-N) or the folder of a run (bilevel or iq), whose newest checkpoint is
+    taken."""
     input: Path
     """JSON lines (.gz too) with {"prompt", "response"}, {"messages"} or {"text"} rows."""
     output: Path | None = None
     """Where to write JSON lines, one a row of the input in its order; without it they go to standard output."""
     model: str | None = None
-    """Folder or hub name of the language model whose states the reward reads (for a backbone: of the tokenizer), where
-    it is not the one recorded with the reward."""
+    """Folder or hub name of the language model whose states the reward reads (for a backbone: of the tokenizer; for an
+    IQ-trained model: of the one that log_ratio is relative to), where it is not the one recorded with the reward."""
     tokens: bool = True
     """Also write the response's tokens and their rewards."""
     prompt_tokens: int | None = None
@@ -54,9 +56,7 @@ def run_score(command: ScoreCommand) -> int:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = load_demonstrations(command.input, limit=command.limit)
-    scorer = RewardScorer.from_pretrained(
-        command.reward, model=command.model, device=device, batch_size=command.batch_size
-    )
+    scorer = load_scorer(command.reward, model=command.model, device=device, batch_size=command.batch_size)
     scorer.form = _form(command, scorer.form)
     failed = 0
     with ExitStack() as stack:

@@ -61,6 +61,18 @@ _EVALUATION: tuple[Panel, ...] = (
         None,
     ),
 )
+_IQ_LEARN: tuple[Panel, ...] = (
+    ("Held-out NLL", "nats a token", (("heldout_nll", "held-out", "policy"),), None),
+    ("TD error", "mean squared reward a token, held-out", (("heldout_td_error", "held-out", "policy"),), None),
+    ("Reward", "mean a token, held-out", (("heldout_reward", "held-out", "policy"),), None),
+    (
+        "Logit and value",
+        "means over held-out tokens",
+        (("heldout_q", "logit q of the token", "policy"), ("heldout_value", "value V", "expert")),
+        None,
+    ),
+    ("KL to the start", "nats a token, held-out, exact", (("heldout_kl", "held-out", "policy"),), None),
+)
 _TRAINING: tuple[Panel, ...] = (
     (
         "Training AUC",
@@ -200,11 +212,11 @@ def _summary(summary: Mapping[str, Any]) -> str:
 
 def _curves(run: Run, evaluations: Rows) -> str:
     training = run.of_kind("train")
-    shown = [c for panel in _EVALUATION if (c := _chart(panel, evaluations))]
+    shown = [c for panel in (*_EVALUATION, *_IQ_LEARN) if (c := _chart(panel, evaluations))]
     shown += [c for panel in _TRAINING if (c := _chart(panel, training))]
     if not shown:
         return ""
-    known = {metric for panel in (*_EVALUATION, *_TRAINING) for metric, _, _ in panel[2]}
+    known = {metric for panel in (*_EVALUATION, *_IQ_LEARN, *_TRAINING) for metric, _, _ in panel[2]}
     others = [
         chart
         for rows in (evaluations, training)

@@ -108,6 +108,14 @@ def evaluate_heldout(
     return {**found, "logprob": -found["nll"]}
 
 
+class SampleEvaluation(NamedTuple):
+    """A policy's answers, the sum of r_t of each, and what is measured of them."""
+
+    samples: Rollouts
+    returns: list[float]
+    metrics: dict[str, float | None]
+
+
 @torch.no_grad()
 def evaluate_samples(
     engine: RolloutEngine,
@@ -118,7 +126,7 @@ def evaluate_samples(
     decode: DecodeText | None,
     task_metric: TaskMetric | None,
     batch_size: int,
-) -> dict[str, float | None]:
+) -> SampleEvaluation:
     """Sample `sampling.n` answers to each row's prompt; quality, diversity, and how the reward ranks them.
 
     Args:
@@ -126,9 +134,10 @@ def evaluate_samples(
         task_metric: score of an answer against the row's own response, both as text.
 
     Returns:
-        length, stopped (share that ended by themselves), distinct_1, distinct_2, return (mean sum of r_t) and, with
-        `decode`, self_bleu (n of at least 2), rouge_l, chrf, task, and spearman_rouge_l, spearman_task (rank
-        correlation of return and score over all answers; NaN where either is constant).
+        The answers, their returns, and the metrics length, stopped (share that ended by themselves), distinct_1,
+        distinct_2, return (mean sum of r_t) and, with `decode`, self_bleu (n of at least 2), rouge_l, chrf, task, and
+        spearman_rouge_l, spearman_task (rank correlation of return and score over all answers; NaN where either is
+        constant).
     """
     samples = engine.generate([list(row.prompt_ids) for row in rows], sampling)
     tokens = response_tokens(samples)
@@ -143,7 +152,8 @@ def evaluate_samples(
         "return": _mean(returns),
     }
     if decode is None:
-        return {**found, "distinct_1": distinct_n(tokens, 1), "distinct_2": distinct_n(tokens, 2)}
+        found |= {"distinct_1": distinct_n(tokens, 1), "distinct_2": distinct_n(tokens, 2)}
+        return SampleEvaluation(samples, returns, found)
     texts = [decode(t) for t in tokens]
     references = [decode(row.response_ids) for row in rows for _ in range(sampling.n)]
     words = [text.split() for text in texts]
@@ -157,7 +167,7 @@ def evaluate_samples(
         found[name] = _mean(values)
         if name != "chrf":
             found[f"spearman_{name}"] = correlations(returns, values).spearman if len(values) > 1 else None
-    return found
+    return SampleEvaluation(samples, returns, found)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -22,15 +22,25 @@ from torch import nn
 import irlfast
 from irlfast.data import TokenizedDemonstration, digest
 from irlfast.losses import iq_learn_loss, sampled_kl
-from irlfast.rewards.iq import IQReward
-from irlfast.rollout import RolloutEngine, SamplingParams
+from irlfast.rewards import TokenRewards
+from irlfast.rewards.iq import IQReward, IQTokenRewards
+from irlfast.rollout import RolloutEngine, Rollouts, SamplingParams, Sequences
 
 from .checkpoint import latest_checkpoint, write_checkpoint
 from .config import config_dict
 from .iq_config import IQLearnConfig
-from .iq_evaluation import Batch, DecodeText, TaskMetric, TokenMeans, evaluate_heldout, evaluate_samples
-from .log import Progress, RunLog
+from .iq_evaluation import (
+    Batch,
+    DecodeText,
+    SampleEvaluation,
+    TaskMetric,
+    TokenMeans,
+    evaluate_heldout,
+    evaluate_samples,
+)
+from .log import JsonLines, Progress, RunLog
 from .optim import Optimizer
+from .samples import Decode, Judgement, evaluation_record
 from .seeds import EndlessDraws, derive_seed
 from .state import config_differences, save_policy
 
@@ -59,8 +69,9 @@ class IQLearnTrainer:
         heldout: rows that evaluations look at; without them nothing is evaluated.
         engine: samples from the policy; needed by online_rate above 0 and eval_num_samples above 0.
         reference: frozen copy of the start; needed by use_kl, and measured against where given.
-        out: folder for metrics.jsonl and checkpoints/; None keeps nothing on disk.
+        out: folder for metrics.jsonl, samples.jsonl and checkpoints/; None keeps nothing on disk.
         decode, task_metric: see `iq_evaluation.evaluate_samples`.
+        pieces: token ids -> as many pieces of text, for samples.jsonl; None writes the ids.
         extra_state: writes further files of every checkpoint (a tokenizer's), given the folder of its policy.
         on_row: called with kind ("train", "eval"), step and values of each row of the log.
 
@@ -81,6 +92,7 @@ class IQLearnTrainer:
         out: Path | None = None,
         decode: DecodeText | None = None,
         task_metric: TaskMetric | None = None,
+        pieces: Decode | None = None,
         extra_state: Callable[[Path], None] | None = None,
         on_row: OnRow | None = None,
     ) -> None:
@@ -105,9 +117,10 @@ class IQLearnTrainer:
         self._draws = EndlessDraws(list(demonstrations), config.seed, "iq demonstrations")
         self._optimizer = Optimizer(policy, config.optimizer_config(), self.total_steps)
         self._device = next(policy.parameters()).device
-        self._decode, self._task_metric = decode, task_metric
+        self._decode, self._task_metric, self._pieces = decode, task_metric, pieces
         self._extra_state, self._on_row = extra_state, on_row
         self._resumed = False
+        self._samples: JsonLines | None = None
         if config.gradient_checkpointing:
             _checkpoint_activations(policy)
 
@@ -117,7 +130,12 @@ class IQLearnTrainer:
         """Run to the last step, from the start or from where `resume` left off; returns the last evaluation."""
         if self.out is None:
             return self._run(None)
-        with RunLog(self.out / "metrics.jsonl", resume_from=self.step_count if self._resumed else None) as log:
+        begin = self.step_count if self._resumed else None
+        with (
+            RunLog(self.out / "metrics.jsonl", resume_from=begin) as log,
+            JsonLines(self.out / "samples.jsonl", resume_from=begin) as samples,
+        ):
+            self._samples = samples
             return self._run(log)
 
     def _run(self, log: RunLog | None) -> dict[str, Any]:
@@ -246,7 +264,7 @@ class IQLearnTrainer:
         """The reward that the policy holds now; relative to the reference where there is one."""
         return IQReward(self.policy, gamma=self.config.gamma, reference=self.reference, **self._soft)
 
-    def evaluate(self) -> dict[str, Any]:
+    def evaluate(self, record: JsonLines | None = None) -> dict[str, Any]:
         """Metrics of held-out rows ("heldout_...") and of sampled answers ("...@temperature"); {} without such rows."""
         config = self.config
         if not self.heldout:
@@ -262,12 +280,36 @@ class IQLearnTrainer:
                 **self._soft,
             )
             found: dict[str, Any] = {f"heldout_{name}": value for name, value in heldout.items()}
-            if config.eval_num_samples:
-                for temperature in config.eval_temperatures:
-                    found |= {f"{k}@{temperature:g}": v for k, v in self._evaluate_samples(temperature).items()}
+            for temperature in config.eval_temperatures if config.eval_num_samples else ():
+                answers = self._evaluate_samples(temperature)
+                found |= {f"{name}@{temperature:g}": value for name, value in answers.metrics.items()}
+                if record is not None and temperature == config.eval_temperatures[0]:
+                    record.append(self._samples_record(answers))
         return found
 
-    def _evaluate_samples(self, temperature: float) -> dict[str, float | None]:
+    def _samples_record(self, answers: SampleEvaluation) -> dict[str, Any]:
+        """The row of samples.jsonl: answers beside demonstrations, with the rewards of their tokens."""
+        rows = self.heldout[: self.config.eval_num_samples]
+        experts = Batch.of_demonstrations(rows, self.pad_token_id, self._device)
+
+        def rewards(part: Sequences) -> IQTokenRewards:
+            ended = experts.ended[part.groups]
+            if isinstance(part, Rollouts):
+                ended = Batch.of_rollouts(part).ended
+            return self.reward()(part.input_ids, part.attention_mask, part.response_mask, ended)
+
+        expert_returns = rewards(experts.sequences).returns
+        return evaluation_record(
+            self.step_count,
+            policy=(answers.samples, Judgement(rewards=torch.tensor(answers.returns))),
+            experts=(experts.sequences, Judgement(rewards=expert_returns)),
+            token_rewards=lambda part: TokenRewards(rewards(part).rewards, "sum"),
+            decode=self._pieces,
+            level=float(expert_returns.mean()),
+            scale=float(expert_returns.std(correction=0)),
+        )
+
+    def _evaluate_samples(self, temperature: float) -> SampleEvaluation:
         config = self.config
         assert self.engine is not None
         self.policy.eval()
@@ -287,7 +329,7 @@ class IQLearnTrainer:
         )
 
     def _evaluate(self, log: RunLog | None, progress: Progress) -> dict[str, Any]:
-        values = self.evaluate()
+        values = self.evaluate(self._samples)
         if values:
             self._record(log, "eval", values)
             progress.note(f"step {self.step_count}", {k: v for k, v in values.items() if isinstance(v, float)})

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from irlfast.cli import main
-from irlfast.commands.bilevel import BiLevelCommand, DataConfig, run_bilevel
+from irlfast.commands.bilevel import BiLevelCommand, run_bilevel
+from irlfast.commands.rows import DataConfig
 from irlfast.rewards import RewardModel
 from irlfast.rollout import SamplingParams
 from irlfast.train import BiLevelConfig, OptimizerConfig, PolicyConfig, RewardConfig, SupervisedConfig
@@ -113,10 +114,16 @@ def test_a_second_run_into_the_same_folder_is_refused(
 def test_nothing_evaluated_is_trained_on(stories: Callable[[Path], BiLevelCommand], tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from irlfast.commands.bilevel import _rows
+    from irlfast.commands.rows import read_rows
 
     command = replace(stories(tmp_path), data=DataConfig(heldout=200, prompt_tokens=8))
-    training, validation, heldout = _rows(command, AutoTokenizer.from_pretrained(command.model))
+    training, validation, heldout = read_rows(
+        command.demonstrations,
+        command.data,
+        AutoTokenizer.from_pretrained(command.model),
+        max_response_tokens=64,
+        seed=0,
+    )
     # At 8 tokens many stories begin alike ("Once upon a time ..."), so the rows alone would not keep prompts apart.
     assert len(training) + len(validation) < 800
     assert not {r.prompt_ids for r in heldout} & {r.prompt_ids for r in [*training, *validation]}
