@@ -69,5 +69,5 @@ def test_bug_of_the_bilevel_system_weights_1_and_a_tenth_drive_rewards_away() ->
         reward = RewardConfig(objective="weighted", options={"reward_weight": 1.0, "policy_weight": 0.1})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        auc, largest = learn_nothing(reward)
+        _, largest = learn_nothing(reward)
     assert largest > 100 * MAX_REWARD

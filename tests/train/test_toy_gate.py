@@ -111,7 +111,7 @@ def test_gate_fails_broken_code(
 def recover_by(
     objective: str, *, policy_lr: float, reward_lr: float, **options: float
 ) -> tuple[toy.RewardRecovery, float]:
-    """400 iterations at learning rates that fall to a tenth; the recovery, and how far the policy is from the expert."""
+    """400 iterations at learning rates that fall to a tenth: the recovery, and the policy's distance to the expert."""
     config = toy_config()
     optimizer = config.reward.optimizer
     trainer = make_toy_trainer(
