@@ -156,8 +156,8 @@ class RewardConfig:
     """The reward update: an objective (irlfast.losses, docs/objectives.md), its options and what keeps it stable."""
 
     objective: str = "maxent"
-    """What the reward is learned by: maxent, weighted, airl, gail, contrastive, max_margin, bradley_terry, spin, or a name
-    of one's own (irlfast.train.register_objective)."""
+    """What the reward is learned by: maxent, weighted, airl, gail, contrastive, max_margin, bradley_terry, spin, or a
+    name that irlfast.train.register_objective was given."""
     options: dict[str, bool | int | float | str] = field(default_factory=dict)
     """The objective's own options, name and value in turn (docs/objectives.md lists them)."""
     weight_clip: float | None = None
