@@ -17,6 +17,7 @@ online softmax is added to that of the columns before. In units of one N x V x D
 
 On the CPU rows with an ignored label take part in no product, rows that receive no gradient in no product of backward.
 On a GPU, where the host would wait to count them, they do, with hidden states of 0: nothing of theirs reaches a result.
+Where the host knows the number of labels, `max_rows` leaves the ignored rows out there too.
 ("fused" looks at the labels of 32 to 128 rows at once, and multiplies none of them if all are ignored.)
 """
 
@@ -30,6 +31,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from irlfast.ops._compaction import over_labelled_rows
 from irlfast.ops._dispatch import (
     LIBRARY,
     Implementation,
@@ -356,6 +358,7 @@ def linear_token_stats(
     mode: Mode = "auto",
     memory_budget: int = 1 << 30,
     chunk: int | None = None,
+    max_rows: int | None = None,
     group: Any = None,
 ) -> TokenStats:
     """Log-prob of each label, entropy and log-sum-exp from hidden states and the output head.
@@ -379,6 +382,9 @@ def linear_token_stats(
             plan (docs/performance.md): 2048, on a GPU by the sizes, its cache and 256 MiB that buffers may take. What
             is summed per row does not depend on it. On the CPU up to 16 MiB of logits are worked on at a time. "fused"
             has chunks in backward alone.
+        max_rows: how many rows have a label, or more, where the caller knows it without asking the device (a data
+            loader does). On a GPU so many take part in products, forward and backward, instead of all, at the cost of a
+            copy of their hidden states; if there are more, those beyond are NaN (refused on the CPU, which counts).
         group: a torch.distributed process group over whose ranks the vocabulary is split (docs/parallel.md). weight
             and bias are then this rank's columns, adjacent, in the group's rank order, as many as each rank has; all
             else is the same on every rank, which gets the same statistics and hidden gradient, and its own weight's.
@@ -399,6 +405,26 @@ def linear_token_stats(
         RuntimeError: an `impl` that is not available here, or mode="fused" where Triton is not.
     """
     op = "linear_token_stats"
+    if max_rows is not None:
+
+        def run(states: list[Tensor], labels: Tensor, temperature: float | Tensor) -> TokenStats:
+            return linear_token_stats(
+                states[0],
+                weight,
+                labels,
+                bias=bias,
+                temperature=temperature,
+                softcap=softcap,
+                ignore_index=ignore_index,
+                impl=impl,
+                mode=mode,
+                memory_budget=memory_budget,
+                chunk=chunk,
+                group=group,
+            )
+
+        few: TokenStats = over_labelled_rows(op, run, [hidden], labels, temperature, ignore_index, max_rows)
+        return few
     hidden, weight, bias = autocast(hidden, weight, bias)
     if group is not None or is_sharded(weight) or is_sharded(hidden):
         hidden, weight, bias, group = take_shards(op, hidden, weight, bias, group)
