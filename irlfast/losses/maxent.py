@@ -17,6 +17,7 @@ from torch import Tensor
 from irlfast.ops import importance_weights
 
 from ._rewards import check_option, prompts_of
+from .discriminator import check_smoothing
 from .objective import Objective, RewardBatch
 from .reward import RewardLoss, maxent_irl_loss
 
@@ -29,12 +30,14 @@ class MaxEntropyIRLObjective(Objective):
         weight_clip: bound on the log importance weight around its group's mean; None is no bound.
         weight_temper: exponent of the importance weights.
         centre: weight of E[r^2].
+        label_smoothing: share of the target that goes from a demonstration to its prompt's samples.
         fuse_demonstrations: let demonstrations join the samples that estimate Z, under the mixture density.
     """
 
     weight_clip: float | None = None
     weight_temper: float = 1.0
     centre: float = 0.0
+    label_smoothing: float = 0.0
     fuse_demonstrations: bool = False
 
     def __post_init__(self) -> None:
@@ -43,6 +46,7 @@ class MaxEntropyIRLObjective(Objective):
         )
         check_option(self.weight_temper > 0, "weight_temper", self.weight_temper, "a number above 0")
         check_option(self.centre >= 0, "centre", self.centre, "a number of at least 0")
+        check_smoothing(self.label_smoothing)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -69,6 +73,7 @@ class MaxEntropyIRLObjective(Objective):
             clip=self.weight_clip,
             temper=self.weight_temper,
             centre=self.centre,
+            label_smoothing=self.label_smoothing,
             expert_log_proposal=expert_log_proposal,
             expert_log_base=batch.expert_log_base if self.fuse_demonstrations else None,
         )

@@ -41,6 +41,7 @@ def maxent_irl_loss(
     clip: float | tuple[float, float] | None = None,
     temper: float = 1.0,
     centre: float = 0.0,
+    label_smoothing: float = 0.0,
     expert_log_proposal: Tensor | None = None,  # (E)
     expert_log_base: Tensor | None = None,  # (E)
 ) -> RewardLoss:
@@ -62,6 +63,9 @@ def maxent_irl_loss(
             longer is the integral of its gradient.
         centre: c >= 0 of the penalty c (E_expert[r^2] + E_sample[r^2]) / 2, which settles the free constant. It is not
             shift-invariant, by intent.
+        label_smoothing: e of the target (1 - e) demonstration + e (its prompt's samples, each alike): -r(x, y_E)
+            becomes -(1 - e) r(x, y_E) - e mean_k r(x, y_k). The reward that is learned lies between p_E's and the
+            sampler's.
         expert_log_proposal: [E]; where given, demonstrations join their prompt's samples in Z_hat. log_proposal and
             this must then both hold the log-density of the mixture the union comes from,
             log sum_j f_j q_j with f_j the share of rows drawn from q_j, the demonstrations' own density being one of
@@ -76,13 +80,15 @@ def maxent_irl_loss(
 
     Raises:
         TypeError: a tensor that is not floating point, or group ids that are not integers.
-        ValueError: shapes that do not fit, nothing to learn from, a bad beta, clip, temper or centre, a demonstration
-            whose prompt has no samples, or (on the CPU) rewards or log weights that are not finite.
+        ValueError: shapes that do not fit, nothing to learn from, a bad beta, clip, temper, centre or label_smoothing,
+            a demonstration whose prompt has no samples, or (on the CPU) rewards or log weights that are not finite.
     """
     if not 0 < beta < float("inf"):
         raise ValueError(f"beta is {beta}; expected a positive temperature of the reward")
     if not 0 <= centre < float("inf"):
         raise ValueError(f"centre is {centre}; expected a penalty coefficient of at least 0")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing is {label_smoothing}; expected a share in [0, 0.5)")
     _check_vectors(expert_rewards, sample_rewards, log_proposal, log_base, expert_log_proposal, expert_log_base)
     prompts, expert_index = prompts_of(expert_rewards, sample_rewards, expert_groups, sample_groups)
 
@@ -108,7 +114,11 @@ def maxent_irl_loss(
         # Worth zero; its gradient is that of the chosen weights.
         surrogate = by_prompt.sum(weights.detach() * (log_target - log_target.detach()))
         log_normalizer = log_normalizer.detach() + surrogate.to(dtype)
-    loss = (log_normalizer[expert_index] - expert_rewards / beta).mean()
+    target = expert_rewards
+    if label_smoothing:
+        others = prompts.mean(sample_rewards)[expert_index].to(dtype)
+        target = (1 - label_smoothing) * expert_rewards + label_smoothing * others
+    loss = (log_normalizer[expert_index] - target / beta).mean()
     if centre:
         loss = loss + centre * (expert_rewards.square().mean() + sample_rewards.square().mean()) / 2
 

@@ -197,6 +197,16 @@ def test_centre_is_the_mean_square_of_both_sides() -> None:
     assert float(centred - plain) == pytest.approx(0.1 * (4 / 2 + 18 / 3) / 2)
 
 
+def test_label_smoothing_moves_a_share_of_the_target_to_the_samples() -> None:
+    batch = _batch(5)
+    plain, smooth = maxent_irl_loss(**batch), maxent_irl_loss(**batch, label_smoothing=0.2)
+    expert, sample = batch["expert_rewards"], batch["sample_rewards"]
+    others = torch.stack([sample[batch["sample_groups"] == g].mean() for g in batch["expert_groups"]])
+    torch.testing.assert_close(smooth.loss - plain.loss, 0.2 * (expert - others).mean())
+    with pytest.raises(ValueError, match=r"label_smoothing is 0\.5; expected a share in \[0, 0\.5\)"):
+        maxent_irl_loss(**batch, label_smoothing=0.5)
+
+
 def test_metrics_by_hand() -> None:
     metrics = maxent_irl_loss(
         torch.tensor([3.0, -5.0]),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from irlfast import losses
 from irlfast.losses import Objective, RewardBatch, RewardLoss, registry
+from irlfast.losses.maxent import mixture_density
 
 
 @pytest.fixture
@@ -100,3 +101,48 @@ def test_a_registered_objective_is_made_by_its_name() -> None:
         losses.register_objective("mine")(Mine)
     with pytest.raises(TypeError, match=r"is no dataclass that derives from irlfast\.losses\.Objective"):
         losses.register_objective("other")(object)  # type: ignore[type-var]
+
+
+def test_fused_demonstrations_stand_under_the_mixture_of_sampler_and_model() -> None:
+    """Two prompts, 2 and 1 demonstrations, 3 and 1 samples: log (E p + K q) / (E + K) with p = b exp(r / beta) / Z."""
+    torch.manual_seed(0)
+    beta, experts, samples = 0.5, torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1, 0])
+    e, s = torch.randn(3, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    e_base, s_base, e_q, s_q = (torch.randn(n, dtype=torch.float64) for n in (3, 4, 3, 4))
+    batch = RewardBatch(
+        expert_rewards=e,
+        sample_rewards=s,
+        expert_groups=experts,
+        sample_groups=samples,
+        log_proposal=s_q,
+        log_base=s_base,
+        expert_log_base=e_base,
+        expert_logprobs=e_q,
+        beta=beta,
+    )
+    got_samples, got_experts = mixture_density(batch)
+    for rewards, base, q, groups, got in (
+        (s, s_base, s_q, samples, got_samples),
+        (e, e_base, e_q, experts, got_experts),
+    ):
+        for i, prompt in enumerate(groups.tolist()):
+            mine = samples == prompt
+            z = torch.exp(s[mine] / beta + s_base[mine] - s_q[mine]).mean()
+            n, k = int((experts == prompt).sum()), int(mine.sum())
+            p = torch.exp(rewards[i] / beta + base[i]) / z
+            torch.testing.assert_close(got[i], torch.log((n * p + k * torch.exp(q[i])) / (n + k)))
+    objective = losses.make_objective("maxent", {"fuse_demonstrations": True})
+    want = losses.maxent_irl_loss(
+        e,
+        s,
+        got_samples,
+        log_base=s_base,
+        expert_groups=experts,
+        sample_groups=samples,
+        beta=beta,
+        expert_log_proposal=got_experts,
+        expert_log_base=e_base,
+    )
+    torch.testing.assert_close(objective.loss(batch).loss, want.loss)
+    assert {"expert_logprobs", "expert_log_base"} <= objective.needs
+    assert not objective.takes_replay
