@@ -206,7 +206,7 @@ def _summary(summary: Mapping[str, Any]) -> str:
         + "</tr>"
         for name in names
     )
-    table = f"<table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>"
+    table = f"<table class='figures'><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f'<section><h2>Comparison</h2><div class="wide">{table}</div></section>'
 
 

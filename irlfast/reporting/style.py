@@ -71,6 +71,7 @@ summary { cursor: pointer; color: var(--link); }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .2rem .75rem .2rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
 td { overflow-wrap: anywhere; }
+.figures td { white-space: nowrap; }
 code { font-size: .9em; }
 a { color: var(--link); }
 @media print { details:not([open]) > *:not(summary) { display: none; } }
