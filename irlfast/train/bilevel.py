@@ -125,6 +125,7 @@ class BiLevelTrainer:
         self.data_digest = digest([*demonstrations, *self.heldout])
         self.rollout_count = 0
         self.iteration = 0
+        self.undecided_evaluations = 0
         self.policy_update = PolicyUpdate(self.policy, config)
         self.policy_optimizer = self.policy_update.optimizer
         self.reward_update = RewardUpdate(reward, config)
@@ -158,7 +159,7 @@ class BiLevelTrainer:
                 self._warm_up(log)
                 last = self._evaluate(log, progress)
                 self._checkpoint()
-            while self.iteration < config.iterations:
+            while self.iteration < config.iterations and not self.stopped_early:
                 values = self._iterate()
                 self.iteration += 1
                 if log is not None:
@@ -167,7 +168,8 @@ class BiLevelTrainer:
                 done = self.iteration == config.iterations
                 if done or self.iteration % config.eval_every == 0:
                     last = self._evaluate(log, progress)
-                if done or self.iteration % config.checkpoint_every == 0:
+                    self._consider_stopping(last, log, progress)
+                if done or self.stopped_early or self.iteration % config.checkpoint_every == 0:
                     self._checkpoint()
         return last or self.evaluate()
 
@@ -198,6 +200,25 @@ class BiLevelTrainer:
     def _group_rewards(self, experience: Experience) -> Tensor:
         """Served rewards [B] less the mean of their prompt's: the reward's share of the advantages."""
         return group_advantages(self.reward.serve(*experience.scored.inputs), experience.samples.groups, kind="dr_grpo")
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether `config.early_stop` has ended the run."""
+        patience = self.config.early_stop.patience
+        return 0 < patience <= self.undecided_evaluations
+
+    def _consider_stopping(self, metrics: dict[str, float], log: RunLog | None, progress: Progress) -> None:
+        """Count evaluations in a row in which the reward cannot tell demonstrations from samples."""
+        options = self.config.early_stop
+        if self.iteration < options.after:
+            return
+        undecided = abs(metrics["reward_auc"] - 0.5) <= options.band
+        self.undecided_evaluations = self.undecided_evaluations + 1 if undecided else 0
+        if self.stopped_early:
+            shown = {"reward_auc": metrics["reward_auc"], "evaluations": self.undecided_evaluations}
+            progress.note(f"stopped early at iteration {self.iteration}", shown)
+            if log is not None:
+                log.write("stop", self.iteration, shown)
 
     # Steps
 

@@ -7,6 +7,7 @@ reference needs no second copy of them.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,12 @@ def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
         target_modules=list(config.targets) or "all-linear",
         task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
     )
-    adapted: nn.Module = peft.get_peft_model(model, options)
+    with warnings.catch_warnings():
+        # Between peft and transformers, of no use to whoever calls this: a renamed property, and GPT-2's transposed
+        # layers, which peft then sets itself.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)
+        adapted: nn.Module = peft.get_peft_model(model, options)
     return adapted.eval()
 
 

@@ -18,6 +18,7 @@ from irlfast.eval import toy
 from irlfast.rollout import Rollouts, SamplingParams, TransformersEngine
 from irlfast.train import BiLevelConfig, BiLevelTrainer, OptimizerConfig, PolicyConfig, RewardConfig
 from irlfast.train.bilevel import Experience
+from irlfast.train.config import EarlyStopConfig
 from irlfast.train.policy_update import Targets
 
 Make = Callable[..., BiLevelTrainer]
@@ -112,6 +113,61 @@ def test_reward_steps_beyond_the_policy_steps_sample_the_policy_again(
     trainer.train()
     assert len(set(used)) == 5
     assert trainer.rollout_count == 5
+
+
+# When it stops
+
+
+def scripted_auc(trainer: BiLevelTrainer, values: list[float]) -> None:
+    """Let evaluations after the first find these AUCs, in turn."""
+    evaluate, script = trainer.evaluate, iter([0.5, *values])
+    trainer.evaluate = lambda: {**evaluate(), "reward_auc": next(script)}  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("aucs", "options", "ends_at"),
+    [
+        ([0.7, 0.51, 0.49, 0.5], {"patience": 2, "band": 0.02}, 3),  # the reward that knows nothing yet does not count
+        ([0.51, 0.7, 0.49, 0.53], {"patience": 2, "band": 0.02}, 4),  # not in a row
+        ([0.5, 0.5, 0.5, 0.5], {"patience": 0}, 4),
+        ([0.5, 0.5, 0.5, 0.5], {"patience": 1, "after": 3}, 3),
+        ([0.45, 0.5, 0.5, 0.5], {"patience": 1, "band": 0.06}, 1),
+        ([0.3, 0.3, 0.3, 0.3], {"patience": 1}, 4),  # far from .5 on the wrong side is not near it
+    ],
+)
+def test_training_stops_where_heldout_auc_stays_near_one_half(
+    make_trainer: Make,
+    small_config: BiLevelConfig,
+    tmp_path: Path,
+    aucs: list[float],
+    options: dict[str, Any],
+    ends_at: int,
+) -> None:
+    config = replace(small_config, eval_every=1, checkpoint_every=100, early_stop=EarlyStopConfig(**options))
+    trainer = make_trainer(config, out=tmp_path)
+    scripted_auc(trainer, aucs)
+    last = trainer.train()
+    assert trainer.iteration == trainer.policy_optimizer.step_count == ends_at
+    assert last["reward_auc"] == aucs[ends_at - 1]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    stops = [row["iteration"] for row in rows if row["kind"] == "stop"]
+    assert stops == ([ends_at] if trainer.stopped_early else [])
+    assert trainer.stopped_early == (ends_at < 4)
+    resumed = make_trainer(config, out=tmp_path)
+    assert resumed.resume() == ends_at
+    assert resumed.stopped_early == trainer.stopped_early
+    resumed.train()
+    assert resumed.iteration == ends_at
+    patient = make_trainer(replace(config, early_stop=replace(config.early_stop, patience=0)), out=tmp_path)
+    patient.resume()
+    patient.train()
+    assert patient.iteration == 4
+
+
+def test_early_stop_options_are_checked() -> None:
+    for options in ({"patience": -1}, {"band": 0.0}, {"band": 0.5}, {"after": 0}):
+        with pytest.raises(ValueError, match=f"early_stop.{next(iter(options))} = "):
+            EarlyStopConfig(**options)  # type: ignore[arg-type]
 
 
 def test_equal_prompts_form_one_group(make_trainer: Make, small_config: BiLevelConfig) -> None:
@@ -493,7 +549,7 @@ def test_checkpoints_hold_what_extra_state_writes_and_load_by_themselves(
     files = {str(path.relative_to(latest)) for path in latest.rglob("*") if path.is_file()}
     assert files == {
         *("policy/model.safetensors", "policy/tokenizer.json", "reward/config.json", "reward/model.safetensors"),
-        *("optimizers.pt", "state.json"),
+        *("optimizers.pt", "state.json", "manifest.json"),
     }
     reward = type(trainer.reward).from_pretrained(latest / "reward")
     gathered = trainer._gather()

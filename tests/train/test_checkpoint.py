@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from irlfast.train import checkpoint
-from irlfast.train.checkpoint import checkpoint_step, latest_checkpoint, write_checkpoint
+from irlfast.train.checkpoint import (
+    MANIFEST,
+    DamagedCheckpointError,
+    checkpoint_step,
+    latest_checkpoint,
+    verify_checkpoint,
+    whole_checkpoint,
+    write_checkpoint,
+)
 
 
 class Killed(BaseException):
@@ -26,7 +34,7 @@ def writer(text: str) -> Callable[[Path], None]:
 
 
 def contents(path: Path) -> set[str]:
-    return {file.read_text() for file in path.rglob("*") if file.is_file()}
+    return {file.read_text() for file in path.rglob("*") if file.is_file() and file.name != MANIFEST}
 
 
 def names(folder: Path) -> list[str]:
@@ -65,7 +73,7 @@ def test_a_writer_that_raises_leaves_the_older_checkpoint_and_latest(tmp_path: P
 
     write_checkpoint(tmp_path, 2, writer("two"), keep=1)  # replaces the leftover step-2.tmp
     assert names(tmp_path) == ["latest", "step-2"]
-    assert names(tmp_path / "step-2") == ["policy", "state.json"]
+    assert names(tmp_path / "step-2") == ["manifest.json", "policy", "state.json"]
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -112,7 +120,8 @@ def test_a_run_killed_in_any_call_resumes_from_a_whole_checkpoint(
             reached = 0 if path is None else checkpoint_step(path)
             if path is not None:
                 assert contents(path) == {f"{reached}"}
-                assert names(path) == ["policy", "state.json"]
+                assert names(path) == ["manifest.json", "policy", "state.json"]
+                verify_checkpoint(path)
             if reached == 3:  # died with the last step done; an older one may still lie about
                 continue
             run(folder, reached + 1)
@@ -171,6 +180,7 @@ def test_every_file_is_flushed_before_the_rename_and_latest_comes_last(
     monkeypatch.setattr(checkpoint.os, "replace", noted_replace)
     write_checkpoint(tmp_path, 3, writer("three"), keep=1)
     assert events == [
+        "sync step-3.tmp/manifest.json",
         "sync step-3.tmp/policy",
         "sync step-3.tmp/policy/weights",
         "sync step-3.tmp/state.json",
@@ -186,3 +196,61 @@ def test_every_file_is_flushed_before_the_rename_and_latest_comes_last(
 def test_checkpoint_step_wants_a_checkpoint_name() -> None:
     with pytest.raises(ValueError, match=r"'step-3\.tmp' is not a checkpoint name, expected step-N"):
         checkpoint_step(Path("runs/step-3.tmp"))
+
+
+# Damage
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("policy/weights", cut, r"policy/weights has 2 bytes, 3 were written"),
+        ("policy/weights", flip, r"policy/weights has other content than was written \(SHA-256 differs\)"),
+        ("state.json", cut, r"state\.json has 2 bytes, 3 were written"),
+        ("state.json", Path.unlink, r"state\.json is missing"),
+        (MANIFEST, Path.unlink, r"manifest\.json is missing"),
+        (MANIFEST, lambda path: path.write_text("{"), r"manifest\.json cannot be read"),
+        (MANIFEST, lambda path: path.write_text('{"files": {"state.json": {}}}'), r"manifest\.json cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: Callable[[Path], Any], message: str
+) -> None:
+    for step in (9, 10, 11):
+        write_checkpoint(tmp_path, step, writer(f"{step:03d}"), keep=5)
+    damage(tmp_path / "step-11" / name)
+    with pytest.raises(DamagedCheckpointError, match=message):
+        verify_checkpoint(tmp_path / "step-11")
+    assert whole_checkpoint(tmp_path) == tmp_path / "step-10"
+    said = "\n".join(caplog.messages)
+    assert f"damaged checkpoint refused: {tmp_path / 'step-11' / name}" in said
+    assert f"using {tmp_path / 'step-10'}, the newest whole checkpoint, instead of step-11" in said
+    cut(tmp_path / "step-10" / "state.json")
+    assert whole_checkpoint(tmp_path) == tmp_path / "step-9"
+    cut(tmp_path / "step-9" / "state.json")
+    with pytest.raises(DamagedCheckpointError, match=r"no whole checkpoint in .*step-11.*step-10.*step-9"):
+        whole_checkpoint(tmp_path)
+
+
+def test_whole_checkpoints_are_used_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert whole_checkpoint(tmp_path) is None
+    write_checkpoint(tmp_path, 3, writer("three"), keep=2)
+    assert whole_checkpoint(tmp_path) == tmp_path / "step-3"
+    assert not caplog.messages
+
+
+def test_a_later_step_that_latest_does_not_name_is_not_taken(tmp_path: Path) -> None:
+    """Left by a run killed between the two renames: whole, but not what the run had said."""
+    write_checkpoint(tmp_path, 3, writer("three"), keep=2)
+    shutil.copytree(tmp_path / "step-3", tmp_path / "step-9")
+    assert whole_checkpoint(tmp_path) == tmp_path / "step-3"
