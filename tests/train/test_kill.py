@@ -61,6 +61,8 @@ def run(how, out):
         trainer.resume()
     trainer.train()
 
+make(None).train()  # what torch imports when it is first needed, the runs then have
+
 for line in sys.stdin:
     how, out = line.split()
     pid = os.fork()
@@ -138,7 +140,7 @@ def first_checkpoint(out: Path) -> float:
     deadline = time.monotonic() + 120
     while not (out / "checkpoints" / "latest").exists():
         assert time.monotonic() < deadline, f"no checkpoint in {out} after two minutes"
-        time.sleep(0.002)
+        time.sleep(0.005)
     return time.monotonic()
 
 
