@@ -6,19 +6,29 @@ from .bilevel import BiLevelTrainer
 from .config import BiLevelConfig, OptimizerConfig, PolicyConfig, RewardConfig
 from .iq_config import IQLearnConfig
 from .iq_learn import IQLearnTrainer
+from .irl_trainer import IRLTrainer
+from .optimizer_loop import BiLevelOptimizer, BiLevelTrainingLoop, integrate_with_rollout, setup_bi_level_irl
 from .supervised import SupervisedConfig, SupervisedResult, train_supervised
+from .trajectories import ExpertLoader, load_expert_demonstrations
 
 __all__ = [
     "BiLevelConfig",
+    "BiLevelOptimizer",
     "BiLevelTrainer",
+    "BiLevelTrainingLoop",
+    "ExpertLoader",
     "IQLearnConfig",
     "IQLearnTrainer",
+    "IRLTrainer",
     "MaxEntropyIRLObjective",
     "OptimizerConfig",
     "PolicyConfig",
     "RewardConfig",
     "SupervisedConfig",
     "SupervisedResult",
+    "integrate_with_rollout",
+    "load_expert_demonstrations",
     "register_objective",
+    "setup_bi_level_irl",
     "train_supervised",
 ]

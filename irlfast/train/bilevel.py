@@ -75,7 +75,8 @@ class BiLevelTrainer:
             policy.
 
     Raises:
-        ValueError: no demonstrations or held-out rows, or a reference that is needed and missing.
+        ValueError: no demonstrations or held-out rows, one that lacks its EOS, or a reference that is needed and
+            missing.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class BiLevelTrainer:
             raise ValueError(f"{need} needs a reference model: pass reference=, a frozen copy of the initial policy")
         if reference is policy:
             raise ValueError("reference is the policy itself: pass a frozen copy, or the KL is 0 whatever is learned")
+        _check_ends([*demonstrations, *heldout], getattr(engine, "eos_token_ids", None))
         self.policy = policy
         self.engine = engine
         self.reward = reward
@@ -404,6 +406,19 @@ def _check_dense_rewards(config: BiLevelConfig, objective: Objective) -> None:
             "what the policy is given is made of whole responses' rewards; use an objective whose policy reward is the "
             "learned one (for gail the option policy_reward_kind = 'logit')"
         )
+
+
+def _check_ends(rows: Sequence[TokenizedDemonstration], eos_token_ids: Sequence[int] | None) -> None:
+    """ValueError where a demonstration that was not cut lacks the EOS that rollouts end with."""
+    if eos_token_ids is None:  # an engine that does not say
+        return
+    for i, row in enumerate(rows):
+        if not row.truncated and row.response_ids[-1] not in eos_token_ids:
+            raise ValueError(
+                f"demonstration {i} ({row.source or 'no source'}) ends with token {row.response_ids[-1]}, not with EOS "
+                f"{tuple(eos_token_ids)}: a reward would tell it from rollouts by that alone. End it with EOS, or mark "
+                "it truncated where it was cut"
+            )
 
 
 def _set_source(reward: BaseRewardModel, reference: Any, config: BiLevelConfig) -> None:

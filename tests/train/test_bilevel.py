@@ -121,7 +121,7 @@ def test_reward_steps_beyond_the_policy_steps_sample_the_policy_again(
 def scripted_auc(trainer: BiLevelTrainer, values: list[float]) -> None:
     """Let evaluations after the first find these AUCs, in turn."""
     evaluate, script = trainer.evaluate, iter([0.5, *values])
-    trainer.evaluate = lambda: {**evaluate(), "reward_auc": next(script)}  # type: ignore[method-assign]
+    trainer.evaluate = lambda *given: {**evaluate(*given), "reward_auc": next(script)}  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(
