@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from irlfast.report import plot_curves, write_json
+from irlfast.reporting import write_report
 from irlfast.train.seeds import derive_seed
 
 
@@ -18,7 +19,7 @@ class DemoCommand:
     """Train a small language model on arithmetic, then teach it care by inverse RL from right workings alone."""
 
     out: Path
-    """Folder for summary.json, metrics.jsonl, curves.png and checkpoints/; must not hold an earlier run."""
+    """Folder for summary.json, report.html, metrics.jsonl and checkpoints/; must not hold an earlier run."""
     seed: int = 0
     """Seed of the data, the models and the sampling."""
 
@@ -88,6 +89,7 @@ def run_demo(command: DemoCommand) -> int:
         command.out / "curves.png",
         levels={"accuracy": {"supervised fine-tuning": supervised}},
     )
+    write_report(command.out, command.out / "report.html")
     _print(summary, command.out)
     return 0
 
@@ -107,4 +109,4 @@ def _print(summary: dict[str, Any], out: Path) -> None:
     print()
     for label, value in rows:
         print(f"{label:<{width}}  {value:>8}".rstrip())
-    print(f"\nsummary.json, metrics.jsonl, curves.png and checkpoints/ are in {out}")
+    print(f"\nsummary.json, report.html, metrics.jsonl and checkpoints/ are in {out}")

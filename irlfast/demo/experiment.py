@@ -165,6 +165,7 @@ def make_trainer(base: torch.nn.Module, data: Data, config: BiLevelConfig, out: 
         out=out,
         reference=copy.deepcopy(base),
         sample_metrics=lambda samples: {"accuracy": share_right(samples, data)},
+        decode=lambda ids: [arithmetic.decode([i]) for i in ids],
     )
     trainer.fit_reward_scale()
     return trainer

@@ -39,6 +39,7 @@ def test_demo_writes_everything_it_names(
     assert summary["seed"] == 3
     assert summary["seconds"] > 0
     assert (out / "metrics.jsonl").stat().st_size > 0
+    assert "held-out accuracy" in (out / "report.html").read_text()
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert (out / "checkpoints" / "latest").read_text() == "step-2\n"
     assert "bi-level inverse RL" in capsys.readouterr().out
