@@ -101,6 +101,17 @@ class BaseRewardModel(nn.Module, ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no rewards a token")
 
+    def token_terms(self, *inputs: Any, **named: Any) -> Tensor:
+        """Rewards [B, S] of the response's tokens, with gradient, 0 elsewhere; their sum is the raw reward.
+
+        Raises:
+            NotImplementedError: this model's reward is no sum over tokens.
+        """
+        raise NotImplementedError(
+            f"the reward of {type(self).__name__} is no sum over tokens: use the reward model 'trajectory' with "
+            "reduction = 'sum'"
+        )
+
     def members(self, *inputs: Tensor) -> Tensor:
         """Raw rewards [M, B] of models that learn side by side: a reward loss is the mean of the losses of the rows.
 

@@ -107,6 +107,12 @@ class TrajectoryRewardModel(BaseRewardModel):
     def has_token_rewards(self) -> bool:
         return True
 
+    def token_terms(self, hidden_states: Tensor, mask: Tensor, context_mask: Tensor | None = None) -> Tensor:
+        """Rewards [B, S] of the response's tokens, with gradient, 0 elsewhere; for reduction = "sum" alone."""
+        if self.config.reduction != "sum":
+            return super().token_terms()
+        return self._rewards(hidden_states, mask, context_mask).masked_fill(~mask, 0.0)
+
     @torch.no_grad()
     def token_rewards(self, hidden_states: Tensor, mask: Tensor, context_mask: Tensor | None = None) -> TokenRewards:
         """The rewards a token that the mean or sum is made of; for "last" what each changed, the first nothing."""

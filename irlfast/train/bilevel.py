@@ -240,11 +240,14 @@ class BiLevelTrainer:
             self.pad_token_id,
             [groups[tuple(row.prompt_ids)] for row in drawn],
         ).to(samples.input_ids.device)
+        asked = {"expert_logprobs", "expert_tokens"} & self.objective.needs
+        logprobs = self._token_logprobs(experts) if asked else None
         return Experience(
             experts=experts,
             samples=samples,
             scored=self._score(samples),
-            expert_logprobs=self._expert_logprobs(experts) if "expert_logprobs" in self.objective.needs else None,
+            expert_logprobs=None if logprobs is None else sequence_sum(logprobs, experts),
+            expert_token_logprobs=logprobs,
         )
 
     def policy_step(self, experience: Experience) -> dict[str, float]:
@@ -282,12 +285,12 @@ class BiLevelTrainer:
         return metrics
 
     @torch.no_grad()
-    def _expert_logprobs(self, experts: Sequences) -> Tensor:
-        """log pi(y|x) [E] of demonstrations under the policy as it is."""
+    def _token_logprobs(self, sequences: Sequences) -> Tensor:
+        """log pi [B, S] of the response tokens under the policy as it is."""
         self.policy.eval()
         size = self.config.policy.micro_batch_size
-        parts = [experts.select(slice(low, low + size)) for low in range(0, len(experts), size)]
-        return torch.cat([sequence_sum(response_scores(self.policy, part).stats.logprob, part) for part in parts])
+        parts = [sequences.select(slice(low, low + size)) for low in range(0, len(sequences), size)]
+        return torch.cat([response_scores(self.policy, part).stats.logprob for part in parts])
 
     @torch.no_grad()
     def _score(self, sequences: Sequences) -> Scored:

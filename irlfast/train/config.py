@@ -287,7 +287,7 @@ class BiLevelConfig:
         temperature = self.rollout.temperature
         require(temperature > 0, "rollout.temperature", temperature, "above 0: learning needs samples")
         plain = temperature == 1 and self.rollout.top_p == 1 and self.rollout.top_k == 0
-        if not plain and "expert_logprobs" in self.reward.make_objective().needs:
+        if not plain and {"expert_logprobs", "expert_tokens"} & self.reward.make_objective().needs:
             raise ValueError(
                 f"objective {self.reward.objective!r} reads the sampler's density at demonstrations, which is known "
                 f"for rollout.temperature = 1, top_p = 1, top_k = 0; given are {temperature}, {self.rollout.top_p}, "

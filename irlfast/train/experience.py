@@ -28,10 +28,12 @@ class Scored:
 class Experience:
     """Demonstrations and the policy's own answers to the same prompts; equal prompts are one group.
 
-    expert_logprobs [E]: log pi(y|x) of the demonstrations under the policy that sampled, where the objective asks.
+    Where the objective asks, under the policy that sampled: expert_logprobs [E] log pi(y|x) of the demonstrations, and
+    expert_token_logprobs [E, S] its terms, 0 outside the response.
     """
 
     experts: Sequences
     samples: Rollouts
     scored: Scored
     expert_logprobs: Tensor | None = None
+    expert_token_logprobs: Tensor | None = None

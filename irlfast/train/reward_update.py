@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from irlfast.losses import RewardBatch, gradient_penalty, r1_penalty
-from irlfast.rewards import BaseRewardModel
+from irlfast.losses import RewardBatch, TokenTerms, gradient_penalty, r1_penalty
+from irlfast.rewards import BaseRewardModel, TrajectoryRewardModel
 from irlfast.rewards.head import PooledRewardModel
 from irlfast.rollout import Sequences
 
@@ -23,6 +23,7 @@ from .experience import Experience, Scored
 from .metrics import mean_rows
 from .optim import Optimizer
 from .scoring import sequence_sum
+from .shaping import ShapingPotential
 
 
 class Replayed(NamedTuple):
@@ -55,7 +56,12 @@ class RewardUpdate:
         self.config = config
         self.objective = options.make_objective()
         total = config.reward_warmup_steps + config.iterations * config.reward_steps
-        self.optimizer = Optimizer(reward, options.optimizer, total)
+        self.shaping: ShapingPotential | None = None
+        trained: nn.Module = reward
+        if "expert_tokens" in self.objective.needs:
+            self.shaping = ShapingPotential(_width_of_states(reward)).to(next(reward.parameters()).device)
+            trained = nn.ModuleList([reward, self.shaping])
+        self.optimizer = Optimizer(trained, options.optimizer, total)
 
     def step(self, experience: Experience, expert_scored: Scored, replayed: Replayed | None = None) -> dict[str, float]:
         """One optimiser step; returns loss, the objective's metrics, the penalties that are on, grad_norm and lr."""
@@ -101,8 +107,27 @@ class RewardUpdate:
             parameters=tuple(self.reward.parameters()),
             beta=self.config.beta,
         )
+        if self.shaping is not None:
+            expert_logprobs = experience.expert_token_logprobs
+            assert expert_logprobs is not None  # asked for in needs
+            shared = replace(
+                shared,
+                expert_tokens=self._token_terms(experts, expert_scored, expert_logprobs),
+                sample_tokens=self._token_terms(samples, scored, samples.model_logprobs),
+            )
         others = zip(expert_rewards[1:], sample_rewards[1:], strict=True)
         return [shared, *(replace(shared, expert_rewards=e, sample_rewards=s) for e, s in others)]
+
+    def _token_terms(self, sequences: Sequences, scored: Scored, logprobs: Tensor) -> TokenTerms:
+        """The model p ~ b exp(f / beta) token by token: its logit is g / beta + log b - log pi, shaped."""
+        assert self.shaping is not None
+        states, mask = scored.inputs[:2]
+        return TokenTerms(
+            rewards=self.reward.token_terms(*scored.inputs) / self.config.beta,
+            mask=sequences.response_mask,
+            logprobs=logprobs - scored.base_logprobs,
+            potentials=self.shaping(states, mask),
+        )
 
     def _penalties(self, expert: Scored, sample: Scored) -> dict[str, tuple[float, Tensor]]:
         """Weight and value of each penalty that is on."""
@@ -116,3 +141,13 @@ class RewardUpdate:
             if options.r1:
                 found["r1"] = (options.r1, r1_penalty(reward.head, expert_features))
         return found
+
+
+def _width_of_states(reward: BaseRewardModel) -> int:
+    """H of the hidden states that a reward with token terms reads. ValueError: it has none."""
+    if isinstance(reward, TrajectoryRewardModel) and reward.config.reduction == "sum":
+        return reward.config.hidden_size
+    raise ValueError(
+        f"objective 'airl' with form = 'token' needs a reward that is a sum over tokens, and {type(reward).__name__} "
+        "is none: use the reward model 'trajectory' with reduction = 'sum'"
+    )

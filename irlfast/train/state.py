@@ -44,7 +44,12 @@ def save(trainer: BiLevelTrainer, folder: Path, extra: Callable[[Path], None] | 
         if trainer.policy_update.critic is not None:
             _save_weights(trainer.policy_update.critic, path / "critic")
         states = {name: optimizer.state_dict() for name, optimizer in _optimizers(trainer).items()}
-        further = {"replay": trainer.replay.state_dict(), "torch_rng": torch.get_rng_state()}
+        shaping = trainer.reward_update.shaping
+        further = {
+            "replay": trainer.replay.state_dict(),
+            "shaping": {} if shaping is None else shaping.state_dict(),
+            "torch_rng": torch.get_rng_state(),
+        }
         torch.save({**states, **further}, path / "optimizers.pt")
         position = {
             "irlfast": irlfast.__version__,
@@ -90,6 +95,8 @@ def load(trainer: BiLevelTrainer, folder: Path) -> Path:
     for name, optimizer in _optimizers(trainer).items():
         optimizer.load_state_dict(tensors[name])
     trainer.replay.load_state_dict(tensors["replay"])
+    if trainer.reward_update.shaping is not None:
+        trainer.reward_update.shaping.load_state_dict(tensors["shaping"])
     torch.set_rng_state(tensors["torch_rng"])
     trainer.iteration = position["iteration"]
     trainer.draws.position = position["draw_position"]

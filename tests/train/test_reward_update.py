@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from irlfast.eval import toy
-from irlfast.losses import Objective, RewardBatch, maxent_irl_loss, objective_names
-from irlfast.rewards import create_reward_model
-from irlfast.rollout import SamplingParams
+from irlfast.losses import Objective, RewardBatch, airl_token_loss, maxent_irl_loss, objective_names
+from irlfast.rewards import create_reward_model, load_reward_model
+from irlfast.rollout import SamplingParams, TransformersEngine
 from irlfast.train import BiLevelConfig, BiLevelTrainer, OptimizerConfig, RewardConfig
+from irlfast.train.shaping import ShapingPotential
 
 Make = Callable[..., BiLevelTrainer]
 
@@ -265,3 +266,100 @@ def test_replay_resumes_to_the_same_bits(make_trainer: Make, small_config: BiLev
     assert resumed.train() == last
     assert torch.equal(weights(resumed), weights(whole))
     assert resumed.replay.state_dict() == whole.replay.state_dict()
+
+
+# AIRL token by token
+
+
+def token_trainer(
+    small_config: BiLevelConfig, toy_rows: Any, out: Path | None = None, **options: Any
+) -> BiLevelTrainer:
+    """AIRL by token with a small transformer as the reward, on the toy language, KL to a random reference."""
+    reward = replace(small_config.reward, objective="airl", options={"form": "token", **options})
+    torch.manual_seed(5)
+    policy, reference = toy.ToyPolicy(), toy.ToyPolicy()
+    torch.nn.init.normal_(reference.table)
+    policy.load_state_dict(reference.state_dict())
+    rows = toy_rows(80)
+    model = {"hidden_size": toy.NUM_FEATURES + 2, "width": 8, "heads": 2, "layers": 1, "reduction": "sum"}
+    return BiLevelTrainer(
+        policy=policy,
+        engine=TransformersEngine(policy, eos_token_id=toy.EOS, pad_token_id=toy.PAD),
+        reward=create_reward_model(model, "trajectory"),
+        demonstrations=rows[:64],
+        heldout=rows[64:],
+        config=replace(small_config, beta=0.5, reward=reward),
+        pad_token_id=toy.PAD,
+        out=out,
+        reference=reference,
+    )
+
+
+def test_the_token_form_gets_rewards_log_probs_and_potentials_at_their_tokens(
+    small_config: BiLevelConfig, toy_rows: Any
+) -> None:
+    trainer = token_trainer(small_config, toy_rows, gamma=0.9)
+    experience = trainer._gather()
+    with torch.no_grad():
+        trainer.policy.table.mul_(0.5)  # what counts is the policy that sampled
+        raw = trainer.rewards(experience.samples)
+    batch, metrics = seen_batch(trainer, experience)
+    for tokens, side in ((batch.expert_tokens, experience.experts), (batch.sample_tokens, experience.samples)):
+        assert tokens is not None
+        assert torch.equal(tokens.mask, side.response_mask)
+        # The policy was its reference when it sampled: log pi - log b is 0 at every token.
+        torch.testing.assert_close(tokens.logprobs, torch.zeros_like(tokens.logprobs), rtol=0, atol=1e-5)
+        assert tokens.potentials is not None
+        assert not bool(tokens.potentials[~tokens.mask].any())
+    assert batch.sample_tokens is not None
+    torch.testing.assert_close(batch.sample_tokens.rewards.detach().sum(1), raw / 0.5, rtol=0, atol=1e-5)
+    want = airl_token_loss(batch.expert_tokens, batch.sample_tokens, gamma=0.9).loss  # type: ignore[arg-type]
+    assert metrics["loss"] == pytest.approx(float(want.detach()), abs=1e-6)
+    shaping = trainer.reward_update.shaping
+    assert shaping is not None
+    assert all(bool(p.grad.any()) for p in shaping.network[1:].parameters())  # type: ignore[union-attr]
+
+
+def test_the_potential_reads_the_state_before_each_token() -> None:
+    torch.manual_seed(0)
+    shaping = ShapingPotential(3)
+    states, mask = torch.randn(2, 5, 3), torch.tensor([[0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]).bool()
+    states.requires_grad_()
+    potentials = shaping(states, mask)
+    (gradient,) = torch.autograd.grad(potentials[0, 2], states)
+    assert bool(gradient[0, 1].any())
+    gradient[0, 1] = 0
+    assert not bool(gradient.any())
+    dirty = states.detach().clone()
+    dirty[0, 3:] = torch.nan
+    dirty[1, :1] = torch.nan
+    assert torch.equal(shaping(dirty, mask), potentials.detach())
+
+
+def test_the_token_form_trains_resumes_and_keeps_the_reward_alone(
+    small_config: BiLevelConfig, toy_rows: Any, tmp_path: Path
+) -> None:
+    whole = token_trainer(replace(small_config, iterations=4), toy_rows, tmp_path / "whole")
+    last = whole.train()
+    token_trainer(replace(small_config, iterations=2), toy_rows, tmp_path / "cut").train()
+    resumed = token_trainer(replace(small_config, iterations=4), toy_rows, tmp_path / "cut")
+    assert resumed.resume() == 2
+    assert resumed.train() == last
+    for module in ("shaping", "reward"):
+        a, b = (getattr(t.reward_update, module).state_dict() for t in (resumed, whole))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    reward = load_reward_model(tmp_path / "whole" / "checkpoints" / "step-4" / "reward")
+    experience = whole._gather()
+    assert torch.equal(reward.serve(*experience.scored.inputs), whole.reward.serve(*experience.scored.inputs))
+    assert not any("shaping" in name for name in reward.state_dict())
+
+
+def test_the_token_form_needs_a_reward_that_is_a_sum_over_tokens(
+    make_trainer: Make, small_config: BiLevelConfig
+) -> None:
+    reward = replace(small_config.reward, objective="airl", options={"form": "token"})
+    with pytest.raises(ValueError, match="needs a reward that is a sum over tokens, and RewardModel is none"):
+        make_trainer(replace(small_config, reward=reward))
+    model = create_reward_model({"hidden_size": 4, "width": 8, "heads": 2}, "trajectory")
+    with pytest.raises(NotImplementedError, match="is no sum over tokens: use the reward model 'trajectory'"):
+        model.token_terms(torch.zeros(1, 3, 4), torch.ones(1, 3).bool(), torch.ones(1, 3).bool())
