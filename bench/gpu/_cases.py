@@ -19,6 +19,8 @@ LINEAR_BOTH, LINEAR_LOGPROB, FROZEN = f"linear {BOTH}", f"linear {LOGPROB}", f"l
 # Depth and vocabulary of models.
 QWEN3_8B, LLAMA3_8B, GEMMA2_9B = (4096, 151936), (4096, 128256), (3584, 256000)
 PYTHIA_160M, QWEN3_600M, WIDE = (768, 50304), (1024, 151936), (2048, 248320)
+# What each of four GPUs has of a vocabulary that is split, beside the collectives.
+QWEN3_8B_QUARTER = (4096, 37984)
 MODELS = (LLAMA3_8B, QWEN3_8B, GEMMA2_9B, PYTHIA_160M, QWEN3_600M, WIDE)
 SOFTCAPS = {GEMMA2_9B: 30.0}
 
@@ -80,8 +82,8 @@ def _divergence(rows: int, vocab: int) -> GpuCase:
     return gpu_case("C", "token_kl", "reverse KL", (rows, vocab))
 
 
-def _linear(outputs: str, model: tuple[int, int], masked: int = 0) -> GpuCase:
-    shape = (ROWS, *model)
+def _linear(outputs: str, model: tuple[int, int], masked: int = 0, rows: int = ROWS) -> GpuCase:
+    shape = (rows, *model)
     return gpu_case("D", "linear_token_stats", outputs, shape, masked=masked, softcap=SOFTCAPS.get(model))
 
 
@@ -134,6 +136,8 @@ CASES: tuple[GpuCase, ...] = (
     _linear(LINEAR_LOGPROB, WIDE),
     _statistics(BOTH, ROWS, _WIDE),
     _linear(LINEAR_LOGPROB, QWEN3_8B),
+    _linear(LINEAR_LOGPROB, QWEN3_8B_QUARTER),
+    _linear(LINEAR_LOGPROB, QWEN3_8B, rows=32768),  # the plan's 768 MiB
     _linear(LINEAR_LOGPROB, QWEN3_600M),
     _linear(FROZEN, QWEN3_8B),
     _linear(FROZEN, PYTHIA_160M),

@@ -12,33 +12,13 @@ import torch
 from torch import Tensor
 
 from irlfast.ops._linear import Epilogue, Rows, Upstream
-from irlfast.ops._linear_cpu import check_labels
 from irlfast.ops._linear_inputs import split_temperature
 from irlfast.ops._linear_modes import Outputs, backward_chunked, forward_chunked
 from irlfast.ops._linear_pair import Models, PairEpilogue, backward_pair, forward_pair
 from irlfast.ops._linear_pair import Outputs as PairOutputs
 from irlfast.ops._linear_plan import whole_pieces
-from irlfast.ops._token_stats_cpu import check_row_temperature
-from irlfast.ops._vocabulary import IGNORED, Slice
+from irlfast.ops._vocabulary import IGNORED, Slice, SlicedEpilogue, any_column
 from irlfast.ops.token_stats import TokenStats
-
-
-def _any_column(rows: Rows) -> Rows:
-    """Rows whose labels are of this slice or ignored: where the label is elsewhere, its logit is dropped afterwards."""
-    return rows._replace(labels=torch.where(rows.labels == IGNORED, rows.labels, rows.labels.clamp(min=0)))
-
-
-class SlicedEpilogue:
-    """An `Epilogue` that is not told which labels are other ranks', while it would take them for invalid."""
-
-    def __init__(self, epilogue: Epilogue) -> None:
-        self.epilogue = epilogue
-        self.compacts = epilogue.compacts
-        self.exponentials = epilogue.exponentials
-        self.differentiate = epilogue.differentiate
-
-    def merge(self, logits: Tensor, first_column: int, rows: Rows, running: Tensor, *, weighted: bool) -> None:
-        self.epilogue.merge(logits, first_column, _any_column(rows), running, weighted=weighted)
 
 
 class SlicedPairEpilogue:
@@ -51,7 +31,7 @@ class SlicedPairEpilogue:
         self.differentiate = epilogue.differentiate
 
     def merge(self, logits: Tensor, ref_logits: Tensor, first_column: int, rows: Rows, running: Tensor) -> None:
-        self.epilogue.merge(logits, ref_logits, first_column, _any_column(rows), running)
+        self.epilogue.merge(logits, ref_logits, first_column, any_column(rows), running)
 
 
 class LinearTokenStatsParallel(torch.autograd.Function):
@@ -227,11 +207,3 @@ def linear_policy_ref_stats_over_group(
         0 if chunk is None else whole_pieces(chunk),
     )
     return tuple(statistic.view(shape) for statistic in statistics)
-
-
-def check_rows(labels: Tensor, temperature: float | Tensor, vocab: int, ignore_index: int) -> None:
-    """What can be seen on the CPU alone: IndexError or ValueError."""
-    if labels.device.type == "cpu":
-        check_labels(labels, vocab, ignore_index)
-        if isinstance(temperature, Tensor):
-            check_row_temperature(temperature.expand(labels.shape))

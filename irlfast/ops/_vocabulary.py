@@ -23,7 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from irlfast.ops._dispatch import DTYPE_CODES
-from irlfast.ops._linear import Rows
+from irlfast.ops._linear import Epilogue, Rows
+from irlfast.ops._linear_cpu import check_labels
+from irlfast.ops._token_stats_cpu import check_row_temperature
 from irlfast.ops.gather_head import all_gather, gather_head, gather_rows, is_sharded, shard_group
 
 # Labels on a rank: a column of its slice, or one of these.
@@ -148,6 +150,32 @@ def merge_parts_reference(parts: Tensor, temperature: float = 1.0) -> Tensor:
     share = (lse - whole).exp()
     spread = torch.where(share > 0, share * (entropy + whole - lse), 0.0)
     return torch.stack([whole, spread.sum(0), label.sum(0)])
+
+
+def any_column(rows: Rows) -> Rows:
+    """Rows whose labels are of this slice or ignored: where the label is elsewhere, its logit is dropped afterwards."""
+    return rows._replace(labels=torch.where(rows.labels == IGNORED, rows.labels, rows.labels.clamp(min=0)))
+
+
+class SlicedEpilogue:
+    """An `Epilogue` that is not told which labels are other ranks', while it would take them for invalid."""
+
+    def __init__(self, epilogue: Epilogue) -> None:
+        self.epilogue = epilogue
+        self.compacts = epilogue.compacts
+        self.exponentials = epilogue.exponentials
+        self.differentiate = epilogue.differentiate
+
+    def merge(self, logits: Tensor, first_column: int, rows: Rows, running: Tensor, *, weighted: bool) -> None:
+        self.epilogue.merge(logits, first_column, any_column(rows), running, weighted=weighted)
+
+
+def check_rows(labels: Tensor, temperature: float | Tensor, vocab: int, ignore_index: int) -> None:
+    """What can be seen on the CPU alone: IndexError or ValueError."""
+    if labels.device.type == "cpu":
+        check_labels(labels, vocab, ignore_index)
+        if isinstance(temperature, Tensor):
+            check_row_temperature(temperature.expand(labels.shape))
 
 
 def agree(

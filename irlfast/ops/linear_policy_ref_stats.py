@@ -44,12 +44,12 @@ from irlfast.ops._linear_inputs import autocast, check_linear, expand_temperatur
 from irlfast.ops._linear_pair import RUNNING, Models, Outputs, backward_pair, forward_pair
 from irlfast.ops._linear_pair_cpu import CpuPairEpilogue
 from irlfast.ops._linear_pair_triton import TritonPairEpilogue, backward_triton, forward_triton
-from irlfast.ops._linear_parallel import check_rows, linear_policy_ref_stats_over_group
+from irlfast.ops._linear_parallel import linear_policy_ref_stats_over_group
 from irlfast.ops._linear_plan import whole_pieces
 from irlfast.ops._scaling import check_scaling
 from irlfast.ops._token_stats_cpu import check_row_temperature
 from irlfast.ops._triton import triton_unavailable
-from irlfast.ops._vocabulary import Slice, agree, describe, gathered, take_shards
+from irlfast.ops._vocabulary import Slice, agree, check_rows, describe, gathered, take_shards
 from irlfast.ops.gather_head import is_sharded
 from irlfast.ops.token_kl import token_kl_reference
 from irlfast.ops.token_stats import token_stats_reference

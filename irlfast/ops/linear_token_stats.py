@@ -45,13 +45,13 @@ from irlfast.ops._dispatch import (
 from irlfast.ops._linear_cpu import CpuEpilogue, check_labels
 from irlfast.ops._linear_inputs import autocast, check_linear, expand_temperature, split_temperature
 from irlfast.ops._linear_modes import Outputs, backward_chunked, forward_chunked
-from irlfast.ops._linear_parallel import check_rows, linear_token_stats_over_group
+from irlfast.ops._linear_parallel import linear_token_stats_over_group
 from irlfast.ops._linear_plan import whole_pieces
 from irlfast.ops._linear_triton import TritonEpilogue, backward_triton, forward_triton
 from irlfast.ops._scaling import check_scaling
 from irlfast.ops._token_stats_cpu import check_row_temperature
 from irlfast.ops._triton import triton_unavailable
-from irlfast.ops._vocabulary import Slice, agree, describe, gathered, take_shards
+from irlfast.ops._vocabulary import Slice, agree, check_rows, describe, gathered, take_shards
 from irlfast.ops.gather_head import is_sharded
 from irlfast.ops.token_stats import TokenStats, token_stats_reference
 

@@ -41,6 +41,7 @@ from irlfast.ops._token_stats_cpu import (
     raise_label,
     statistics_cpu,
 )
+from irlfast.ops._token_stats_parallel import token_stats_over_group
 from irlfast.ops._token_stats_triton import (
     backward_over_logits_triton,
     backward_triton,
@@ -241,6 +242,7 @@ def token_stats(
     ignore_index: int = -100,
     impl: str = "auto",
     inplace_backward: bool = False,
+    group: Any = None,
 ) -> TokenStats:
     """Log-prob of each label, entropy and log-sum-exp of each distribution, in one pass over the vocabulary.
 
@@ -256,6 +258,9 @@ def token_stats(
         inplace_backward: write the logits' gradient over the logits, which saves a tensor of their size. The caller
             owns the logits and does not read them after backward; anything else in the graph that saved them raises
             when its backward runs after this one. Backward runs once.
+        group: a torch.distributed process group over whose ranks the vocabulary is split (docs/parallel.md): logits are
+            then this rank's columns, adjacent, in the group's rank order, as many as each rank has. Labels are of the
+            whole vocabulary, and the same on every rank.
 
     Returns:
         TokenStats(logprob, entropy, lse), each [...], differentiable together with respect to the logits, once. A
@@ -266,9 +271,29 @@ def token_stats(
     Raises:
         IndexError: a label is outside [0, V) and not `ignore_index` (on the CPU; on a GPU that row is NaN).
         TypeError: dtypes other than the above.
-        ValueError: shapes, temperature or softcap; `inplace_backward` on a leaf or on logits that overlap themselves.
+        ValueError: shapes, temperature or softcap; `inplace_backward` on a leaf, on logits that overlap themselves or
+            with a group; ranks that were given other rows or options, on every rank.
         RuntimeError: an `impl` that is not available here; `inplace_backward` without a fused kernel.
     """
+    if group is not None:
+
+        def check() -> None:
+            check_one_label("token_stats", logits, labels)
+            check_arguments("token_stats", logits, labels, temperature, softcap)
+            if inplace_backward:
+                raise ValueError("token_stats: inplace_backward with a group, for which there is none; leave it out")
+
+        statistics = token_stats_over_group(
+            group,
+            check,
+            logits,
+            labels,
+            temperature=temperature,
+            softcap=softcap,
+            ignore_index=ignore_index,
+            impl=impl,
+        )
+        return TokenStats(*statistics)
     check_one_label("token_stats", logits, labels)
     return TokenStats(
         *_run("token_stats", logits, labels, temperature, softcap, ignore_index, impl, True, inplace_backward)

@@ -109,5 +109,10 @@ CASES |= {
     "pair float64": Case(4, "float64", op="pair", options={"softcap": 12.0, "temperatures": True}),
     "pair float32": Case(2, "float32", op="pair"),
     "pair, a slice without probability": Case(4, "float64", inputs="a slice without probability", op="pair"),
+    "logits float64": Case(4, "float64", op="logits", options={"softcap": 12.0, "temperatures": True}),
+    "logits float32": Case(2, op="logits"),
+    "logits bfloat16": Case(4, "bfloat16", op="logits"),
+    "logits, a slice without probability": Case(4, "float64", inputs="a slice without probability", op="logits"),
+    "logits, all ignored": Case(4, "float64", inputs="all ignored", op="logits"),
     "pair, reference": Case(2, "float64", op="pair", impl="reference"),
 }

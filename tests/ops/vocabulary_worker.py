@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from vocabulary_cases import CASES, DEPTH, VOCAB, Case, batch
 
-from irlfast.ops import gather_head, linear_policy_ref_stats, linear_token_stats
+from irlfast.ops import gather_head, linear_policy_ref_stats, linear_token_stats, token_stats
 
 TIMEOUT = datetime.timedelta(seconds=60)
 
@@ -35,9 +35,14 @@ def run(case: Case, rank: int, group: Any) -> dict[str, Any]:
     weight = given.weight[part].clone().requires_grad_(case.trained)
     bias = given.bias[part].clone().requires_grad_(case.trained)
     options = options_of(case, given)
+    if case.op == "logits":
+        logits = (given.hidden @ given.weight.T + given.bias)[:, part].requires_grad_()
+        stats: Any = token_stats(logits, given.labels, group=group, **options)
+        upstream = [u.to(s.dtype) for u, s in zip(given.upstream, stats, strict=False)]
+        return {"stats": [s.detach() for s in stats], "gradients": list(torch.autograd.grad(stats, logits, upstream))}
     if case.op == "pair":
         ref = given.ref_hidden, given.ref_weight[part]
-        stats: Any = linear_policy_ref_stats(
+        stats = linear_policy_ref_stats(
             hidden, weight, *ref, given.labels, bias=bias, group=group, impl=case.impl, **options
         )
         outputs = [stats.logprob, stats.entropy, stats.lse, stats.reverse_kl, stats.forward_kl]
