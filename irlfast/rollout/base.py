@@ -255,12 +255,14 @@ class Rollouts(Sequences):
         model_logprobs: [B, S] float32, the same under the model alone (temperature 1, nothing cut off).
         finish_reasons: for each row "stop" (ended by EOS) or "length" (cut off at max_new_tokens).
         hidden_states: [B, S, H] or None: last layer after the final norm, at the position that reads the token.
+        versions: [B, S] int64 or None: version of the weights that each response token was sampled under; 0 elsewhere.
     """
 
     sampler_logprobs: Tensor
     model_logprobs: Tensor
     finish_reasons: tuple[str, ...]
     hidden_states: Tensor | None = None
+    versions: Tensor | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -277,6 +279,8 @@ class Rollouts(Sequences):
             if not isinstance(hidden, Tensor) or hidden.dim() != 3:
                 raise ValueError("hidden_states must be a tensor of shape [B, S, H] or None")
             self._check("hidden_states", (*shape, hidden.shape[2]), None)
+        if self.versions is not None:
+            self._check("versions", shape, torch.int64)
 
 
 @runtime_checkable

@@ -343,6 +343,7 @@ class TransformersEngine:
             sampler_logprobs=place(sampler_logprobs),
             model_logprobs=place(model_logprobs),
             finish_reasons=tuple("stop" if s else "length" for s in stopped.tolist()),
+            versions=response.long() * self.version,
         )
 
     def _hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
