@@ -44,6 +44,7 @@ from .log import Progress, RunLog, read_log
 from .lora import SharedReference, add_lora, is_lora
 from .metrics import prefixed_means
 from .policy_update import PolicyUpdate
+from .prefetch import Prefetch, Request
 from .replay import Replay
 from .reward_update import Replayed, RewardUpdate
 from .samples import Decode, Judgement, evaluation_record
@@ -110,7 +111,7 @@ class BiLevelTrainer:
             raise ValueError("reference is the policy itself: pass a frozen copy, or the KL is 0 whatever is learned")
         _check_ends([*demonstrations, *heldout], getattr(engine, "eos_token_ids", None))
         self.policy = policy
-        self.engine = engine
+        self.engine = Prefetch(engine, policy, config.overlap) if config.overlap else engine
         self.reward = reward
         if reads_states:
             _set_source(reward, reference, config)
@@ -224,16 +225,23 @@ class BiLevelTrainer:
 
     # Steps
 
-    def _gather(self) -> Experience:
-        """Draw demonstrations and sample the policy on their prompts."""
+    def draw_request(self) -> Request:
+        """The next batch to sample: demonstrations, and the policy's prompts."""
         drawn = self.draws.draw(self.config.prompts_per_step)
-        groups: dict[tuple[int, ...], int] = {}
-        for row in drawn:
-            groups.setdefault(tuple(row.prompt_ids), len(groups))
-        prompts = [list(prompt) for prompt in groups]
+        prompts = list(dict.fromkeys(tuple(row.prompt_ids) for row in drawn))
         params = replace(self.config.rollout, seed=derive_seed(self.config.seed, "rollout", self.rollout_count))
         self.rollout_count += 1
-        samples = self.engine.generate(prompts, params)
+        return Request(drawn=drawn, prompts=prompts, params=params)
+
+    def _gather(self) -> Experience:
+        """Draw demonstrations and sample the policy on their prompts."""
+        if isinstance(self.engine, Prefetch):
+            request, samples = self.engine.take(self.draw_request)
+        else:
+            request = self.draw_request()
+            samples = self.engine.generate(request.prompts, request.params)
+        drawn = request.drawn
+        groups = {tuple(prompt): i for i, prompt in enumerate(request.prompts)}
         experts = Sequences.from_token_lists(
             [list(row.prompt_ids) for row in drawn],
             [list(row.response_ids) for row in drawn],

@@ -115,6 +115,9 @@ class PolicyConfig:
     tis_cap: float | None = None
     """Cap of the truncated importance weights that correct for sampling at another temperature, top-p or top-k than the
     policy's own; none by default, which is right at temperature 1 without truncation."""
+    icepop_band: tuple[float, float] | None = None
+    """Leave out tokens whose ratio of policy to sampler lies outside (low, high), such as 0.5 5 (IcePop); none keeps
+    all. With tis_cap too, what is kept is capped."""
     micro_batch_size: int = 256
     """Sequences in one forward and backward pass; gradients accumulate over them to the same step."""
     critic: CriticConfig = field(default_factory=CriticConfig)
@@ -130,6 +133,8 @@ class PolicyConfig:
         require(self.minibatches >= 1, "policy.minibatches", self.minibatches, "at least 1")
         require(self.micro_batch_size >= 1, "policy.micro_batch_size", self.micro_batch_size, "at least 1")
         require(self.tis_cap is None or self.tis_cap > 0, "policy.tis_cap", self.tis_cap, "a cap above 0, or None")
+        band = self.icepop_band
+        require(band is None or 0 <= band[0] < 1 < band[1], "policy.icepop_band", band, "0 <= low < 1 < high, or None")
         if not RECIPES[self.kind].ratio and self.epochs * self.minibatches > 1:
             raise ValueError(
                 f"policy.epochs = {self.epochs}, policy.minibatches = {self.minibatches}: {self.kind} takes one step "
@@ -263,6 +268,9 @@ class BiLevelConfig:
     """Newest checkpoints kept on disk."""
     seed: int = 0
     """Every random draw is a function of this seed and of counters, so a resumed run repeats an uninterrupted one."""
+    overlap: int = 0
+    """Batches sampled ahead, while reward and policy train (irlfast.train.prefetch); needs an engine with weights of its
+    own. 0 samples and trains in turn. With overlap policy.tis_cap is 2 where neither it nor icepop_band is given."""
     rollout: SamplingParams = field(default_factory=lambda: SamplingParams(n=8))
     """How the policy is sampled; its `n` is the group size, its `seed` is replaced for each call."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -283,6 +291,7 @@ class BiLevelConfig:
         require(self.eval_prompts >= 1, "eval_prompts", self.eval_prompts, "at least 1")
         require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "at least 1")
         require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1")
+        require(self.overlap >= 0, "overlap", self.overlap, "a count of at least 0")
         require(self.rollout.n >= 2, "rollout.n", self.rollout.n, "at least 2: the others are the baseline")
         temperature = self.rollout.temperature
         require(temperature > 0, "rollout.temperature", temperature, "above 0: learning needs samples")

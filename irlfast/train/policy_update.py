@@ -27,10 +27,14 @@ from .config import BiLevelConfig
 from .critic import Critic, explained_variance, value_loss
 from .experience import Scored
 from .metrics import mean_rows
+from .mismatch import MismatchWatch, gap_metrics, version_lag
 from .optim import Optimizer
 from .policy_kinds import RECIPES
 from .scoring import response_scores, sequence_sum
 from .seeds import permutation
+
+# Samples drawn ahead are some policy steps old; what is done about it where nothing else is asked for.
+_OVERLAP_TIS_CAP = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,10 @@ class PolicyUpdate:
         self.policy = policy
         self.config = config
         self.recipe = RECIPES[config.policy.kind]
+        self.watch = MismatchWatch()
+        self.tis_cap = config.policy.tis_cap
+        if config.overlap and self.tis_cap is None and config.policy.icepop_band is None:
+            self.tis_cap = _OVERLAP_TIS_CAP
         self.aggregation = config.policy.aggregation or self.recipe.aggregation
         total = config.iterations * config.policy_steps * config.policy.epochs * config.policy.minibatches
         self.optimizer = Optimizer(policy, config.policy.optimizer, total)
@@ -82,14 +90,18 @@ class PolicyUpdate:
 
         Returns:
             Means over the optimiser steps, and of the whole batch: return, reward_served, kl (log_prob where the
-            regulariser is the entropy), sampler_logprob, length; explained_variance with a critic; dropped, the share
-            of samples left out, for a kind that leaves out.
+            regulariser is the entropy), sampler_logprob, length; before the step, the gap between trainer and sampler
+            and the samples' age in versions (irlfast.train.mismatch); explained_variance with a critic; dropped, the
+            share of samples left out, for a kind that leaves out.
         """
         options = self.config.policy
         old_values = None
-        if self.recipe.ratio or self.critic is not None:
+        measured: dict[str, float] = version_lag(samples, self.optimizer.step_count)
+        if self._needs_old_pass:
             # Decoding rounds differently from a pass over whole rows; against this pass the ratio starts at exactly 1.
+            # Samples drawn ahead are of an earlier policy; the return is that of the one that takes the step.
             old_logprobs, old_values = self._old_pass(samples)
+            measured |= gap_metrics(old_logprobs, samples)
             samples = replace(samples, model_logprobs=old_logprobs)
         log_ratio = sequence_sum(samples.model_logprobs, samples) - scored.log_base
         reward = rewards if rewards.dim() == 1 else sequence_sum(rewards, samples)
@@ -107,7 +119,8 @@ class PolicyUpdate:
                 shuffled = permutation(len(kept), self.config.seed, "minibatches", counter * options.epochs + epoch)
                 order = [kept[i] for i in shuffled]
             rows.extend(self._update(samples, targets, part) for part in _deal(order, options.minibatches))
-        metrics = mean_rows(rows)
+        metrics = mean_rows(rows) | measured
+        self.watch.see(metrics)
         metrics["return"] = float(returns.mean())
         metrics["reward_served"] = float(reward.mean())
         metrics["kl" if self.config.regularizer == "kl" else "log_prob"] = float(log_ratio.mean())
@@ -174,7 +187,8 @@ class PolicyUpdate:
                 kind=options.kind,
                 old_logprobs=batch.model_logprobs if self.recipe.ratio else None,
                 rollout_logprobs=batch.sampler_logprobs,
-                tis_cap=options.tis_cap,
+                tis_cap=self.tis_cap,
+                icepop_band=options.icepop_band,
                 entropy=scores.stats.entropy,
                 clip=options.clip,
                 aggregation=self.aggregation,
@@ -186,6 +200,8 @@ class PolicyUpdate:
             share = own_tokens / tokens if self.aggregation == "token_mean" else len(chosen) / len(part)
             (result.loss * share).backward()
             row = {"loss": float(result.loss.detach()), **{k: float(v) for k, v in result.metrics.items()}}
+            if not self._needs_old_pass:  # a first and only step, so these are the log-probs before it
+                row |= gap_metrics(scores.stats.logprob, batch)
             if self.critic is not None:
                 assert targets.old_values is not None
                 assert targets.returns is not None
@@ -217,6 +233,10 @@ class PolicyUpdate:
                 self.critic.fit_scale(part, states)
                 values.append(self.critic.values(states))
         return torch.cat(logprobs), torch.cat(values) if values else None
+
+    @property
+    def _needs_old_pass(self) -> bool:
+        return self.recipe.ratio or self.critic is not None or self.config.overlap > 0
 
     @property
     def _reads_policy(self) -> bool:

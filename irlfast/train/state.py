@@ -6,6 +6,7 @@ critic/model.safetensors                     with policy.advantage = gae
 reward/model.safetensors, config.json        loads with load_reward_model; the serving normaliser is inside
 optimizers.pt                                every AdamW state, replayed samples, torch's generator state (weights_only)
 state.json                                   iteration, data position, rollout count, the whole configuration
+ahead.pt                                     with overlap: the batches that were under way
 manifest.json                                size and digest of all of these (irlfast.train.checkpoint)
 """
 
@@ -24,6 +25,7 @@ from irlfast.rewards import load_reward_model
 from .checkpoint import whole_checkpoint, write_checkpoint
 from .config import config_dict
 from .lora import is_lora, load_lora, save_lora
+from .prefetch import Prefetch
 
 if TYPE_CHECKING:
     from .bilevel import BiLevelTrainer
@@ -51,11 +53,14 @@ def save(trainer: BiLevelTrainer, folder: Path, extra: Callable[[Path], None] | 
             "torch_rng": torch.get_rng_state(),
         }
         torch.save({**states, **further}, path / "optimizers.pt")
+        if isinstance(trainer.engine, Prefetch):
+            trainer.engine.save(path / "ahead.pt")
         position = {
             "irlfast": irlfast.__version__,
             "iteration": trainer.iteration,
             "draw_position": trainer.draws.position,
             "rollout_count": trainer.rollout_count,
+            "ahead": trainer.engine.pending if isinstance(trainer.engine, Prefetch) else 0,
             "undecided_evaluations": trainer.undecided_evaluations,
             "data_digest": trainer.data_digest,
             "config": config_dict(trainer.config),
@@ -99,8 +104,11 @@ def load(trainer: BiLevelTrainer, folder: Path) -> Path:
         trainer.reward_update.shaping.load_state_dict(tensors["shaping"])
     torch.set_rng_state(tensors["torch_rng"])
     trainer.iteration = position["iteration"]
-    trainer.draws.position = position["draw_position"]
-    trainer.rollout_count = position["rollout_count"]
+    ahead = position.get("ahead", 0)
+    trainer.draws.position = position["draw_position"] - ahead * trainer.config.prompts_per_step
+    trainer.rollout_count = position["rollout_count"] - ahead
+    if isinstance(trainer.engine, Prefetch):
+        trainer.engine.load(path / "ahead.pt", trainer.draw_request)  # which draws them again
     trainer.undecided_evaluations = position["undecided_evaluations"]
     trainer.engine.update_weights(None, trainer.policy_optimizer.step_count)
     return path

@@ -37,8 +37,9 @@ Pooling = Literal["all", "last", "mean"]
 
 # Requests under way at once; more wait here rather than in the servers' queues, where their time would run.
 _MAX_REQUESTS = 256
-# SGLang takes prompts of up to its context less 6 tokens, so no longer row can be scored.
-_CONTEXT_RESERVE = 7
+# SGLang names the length from which on it refuses prompts (context - 6), and shortens responses, saying nothing, so
+# that a row ends so many tokens above it (at context - 2).
+_ROW_ABOVE_INPUT = 4
 _PROBE_TOKENS = 16
 
 
@@ -87,7 +88,7 @@ class SGLangServerEngine:
             raise ValueError("neither policy nor config: without one of them ids and weights cannot be checked")
         text_config = config.get_text_config()
         self.vocab_size = int(text_config.vocab_size)
-        self.max_length = int(text_config.max_position_embeddings)
+        self.max_input_length = int(text_config.max_position_embeddings) - 6
         self.eos_token_ids = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
         self.pad_token_id = pad_token_id
         if not self.eos_token_ids:
@@ -195,7 +196,7 @@ class SGLangServerEngine:
             tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state_dict.items()}
         elif self.policy is not None:
             tensors = dict(policy_tensors(self.policy))
-            probe = tuple((1 + 97 * i) % self.vocab_size for i in range(min(_PROBE_TOKENS, self.max_length - 8)))
+            probe = tuple((1 + 97 * i) % self.vocab_size for i in range(min(_PROBE_TOKENS, self.max_input_length - 1)))
             expected = probe_logprobs(self.policy, probe)
         else:
             raise ValueError(
@@ -281,7 +282,9 @@ class SGLangServerEngine:
                 f"{member.url} serves a {info.model_type} model ({info.model_path}); the policy is a "
                 f"{self._config.model_type}"
             )
-        member.tp_size = (await member.client.server_info()).tp_size
+        told = await member.client.server_info()
+        member.tp_size = told.tp_size
+        self.max_input_length = min(self.max_input_length, told.max_req_input_len or self.max_input_length)
 
     def _stop_servers(self) -> None:
         if self._server is not None:
@@ -494,7 +497,9 @@ class SGLangServerEngine:
     def _check_prompts(self, prompts: list[list[int]], params: SamplingParams, scored: bool) -> None:
         if not prompts:
             raise ValueError("prompts is empty: give at least one prompt")
-        most = self.max_length - _CONTEXT_RESERVE
+        longest_prompt, longest_row = self.max_input_length - 1, self.max_input_length + _ROW_ABOVE_INPUT
+        if scored:  # a row is then a prompt itself
+            longest_row = longest_prompt
         for i, prompt in enumerate(prompts):
             if not prompt:
                 raise ValueError(f"prompts[{i}] is empty: a prompt needs at least one token, e.g. the BOS id")
@@ -505,15 +510,15 @@ class SGLangServerEngine:
                         "nothing was "
                         "sent, because it would end the server"
                     )
-            length = len(prompt) + (params.max_new_tokens if scored else 0)
-            if length > most or len(prompt) + params.max_new_tokens > self.max_length:
+            if len(prompt) > longest_prompt or len(prompt) + params.max_new_tokens > longest_row:
                 raise ValueError(
                     f"prompts[{i}] has {len(prompt)} tokens; with max_new_tokens = {params.max_new_tokens} that "
-                    "exceeds what "
-                    f"SGLang takes at a context of {self.max_length}: at most {most} tokens in a prompt, and in a "
-                    "whole row "
-                    "where hidden states or another temperature than 1 are asked for. Shorten the prompt or lower "
-                    "max_new_tokens"
+                    "exceeds "
+                    f"what the server takes: {longest_prompt} tokens in a prompt and {longest_row} in a row (its "
+                    "context "
+                    "less what it keeps back, and less again where hidden states or another temperature than 1 are "
+                    "asked "
+                    "for). Shorten the prompt or lower max_new_tokens"
                 )
 
     def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:

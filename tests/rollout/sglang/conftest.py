@@ -73,9 +73,7 @@ def load_stories(stories_path: str) -> Callable[[], Any]:
 
 
 @pytest.fixture(scope="session")
-def engine(
-    sglang_options: SGLangOptions, stories_path: str, load_stories: Callable[[], Any]
-) -> Iterator[SGLangEngine]:
+def engine(sglang_options: SGLangOptions, stories_path: str, load_stories: Callable[[], Any]) -> Iterator[SGLangEngine]:
     """The engine that started the server; tests leave it with the original weights."""
     with torch.random.fork_rng():
         engine = SGLangEngine(

@@ -35,7 +35,8 @@ def logprobs_of(policy: Any, batch: Sequences, temperature: float = 1.0) -> Tens
 
 
 def assert_close(found: Tensor, expected: Tensor, bound: float = 1e-5) -> None:
-    gap = float((found - expected).abs().max())
+    """Within `bound`, absolute for values up to 1 and relative above: float32 logits of 40 have no more digits."""
+    gap = float(((found - expected).abs() / expected.abs().clamp(min=1.0)).max())
     assert gap <= bound, f"{gap:.3g} above {bound:g}"
 
 
@@ -111,20 +112,26 @@ def test_pooled_hidden_states(engine: SGLangEngine, policy: Any, prompts: list[l
     assert_close(engine.hidden_states(rollouts, pooling="mean"), (whole * mask).sum(1) / mask.sum(1))
 
 
-def test_responses_end_where_the_model_ends_them(engine: SGLangEngine, policy: Any, prompts: list[list[int]]) -> None:
-    """With the output layer turned towards EOS, which belongs to the response."""
-    with torch.no_grad():
-        policy.lm_head.weight[EOS] *= 0.2
-    engine.update_weights(None, 1)
-    rollouts = engine.generate(prompts, SamplingParams(max_new_tokens=60, n=4))
-    lengths, stopped = rollouts.response_lengths.tolist(), rollouts.finish_reasons
-    assert set(stopped) == {"stop", "length"}
-    for row, (length, reason) in enumerate(zip(lengths, stopped, strict=True)):
+def test_responses_end_at_any_of_the_eos_ids(engine: SGLangEngine, policy: Any, prompts: list[list[int]]) -> None:
+    """With a frequent token among them, so that some responses end; EOS belongs to the response."""
+    params = SamplingParams(max_new_tokens=6, n=4)
+    free = engine.generate(prompts, params)
+    frequent = int(free.input_ids[free.response_mask].mode().values)
+    attached = SGLangServerEngine(
+        [engine.server.url], eos_token_id=[EOS, frequent], pad_token_id=PAD, config=policy.config
+    )
+    try:
+        rollouts = attached.generate(prompts, params, return_hidden_states=True)
+    finally:
+        attached.close()
+    assert set(rollouts.finish_reasons) == {"stop", "length"}
+    for row, reason in enumerate(rollouts.finish_reasons):
         response = rollouts.input_ids[row][rollouts.response_mask[row]].tolist()
-        assert (response[-1] == EOS) == (reason == "stop")
-        assert EOS not in response[:-1]
-        assert length == 60 or reason == "stop"
+        assert (response[-1] in (EOS, frequent)) == (reason == "stop")
+        assert frequent not in response[:-1]
+        assert len(response) == 6 or reason == "stop"
     assert_close(rollouts.model_logprobs, logprobs_of(policy, rollouts))
+    assert_close(rollouts.hidden_states, transformers_engine(policy).hidden_states(rollouts))
 
 
 def test_equal_tokens_give_equal_losses(engine: SGLangEngine, policy: Any, prompts: list[list[int]]) -> None:
@@ -196,6 +203,7 @@ def test_weights_through_a_folder_are_those_over_http(
         attached.close()
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft asks transformers for it
 def test_a_lora_policy_is_merged_on_the_way(engine: SGLangEngine, policy: Any, prompts: list[list[int]]) -> None:
     peft = pytest.importorskip("peft")
     import copy
@@ -223,16 +231,12 @@ def test_an_update_in_flight_is_seen_token_by_token(
     """Responses that were under way go on under the new weights, and each token's log-prob is its own weights'."""
     results: list[Rollouts] = []
     params = SamplingParams(max_new_tokens=300, n=4)
-    with torch.no_grad():
-        policy.lm_head.weight[EOS] = 0.0
-        policy.lm_head.weight[EOS, 0] = -5.0  # nothing ends early
     engine.update_weights(None, 1)
     old = load_stories()
-    old.load_state_dict(policy.state_dict())
     thread = threading.Thread(target=lambda: results.append(engine.generate(prompts, params)))
     thread.start()
     time.sleep(0.7)
-    changed(policy, 0.3)
+    changed(policy, 0.1)
     engine.update_weights(None, 2)
     thread.join()
     rollouts = results[0]
@@ -241,8 +245,7 @@ def test_an_update_in_flight_is_seen_token_by_token(
     assert set(versions[rollouts.response_mask].tolist()) == {1, 2}
     for version, model in ((1, old), (2, policy)):
         mine = rollouts.response_mask & (versions == version)
-        gap = (logprobs_of(model, rollouts) - rollouts.model_logprobs)[mine].abs()
-        assert float(gap.max()) < 5e-5
+        assert_close(rollouts.model_logprobs[mine], logprobs_of(model, rollouts)[mine])
     # And not the other's: what was cached under the old weights was read again.
     late = rollouts.response_mask & (versions == 2)
     assert float((logprobs_of(old, rollouts) - rollouts.model_logprobs)[late].abs().max()) > 0.1
@@ -296,15 +299,18 @@ def test_bad_prompts_are_refused_before_they_are_sent(
         engine.generate([prompts[0], [1, 2, 512]], few)
     with pytest.raises(ValueError, match=r"prompts\[0\]\[0\] = -1 is outside"):
         engine.generate([[-1]], few)
-    with pytest.raises(ValueError, match=r"prompts\[0\] has 500 tokens; with max_new_tokens = 20 that exceeds"):
-        engine.generate([[1] * 500], SamplingParams(max_new_tokens=20))
     with pytest.raises(ValueError, match=r"prompts\[0\] is empty"):
         engine.generate([[]], few)
     assert len(engine.generate(prompts, few)) == len(prompts)
 
 
-def test_the_longest_rows_that_are_accepted_are_answered(engine: SGLangEngine, policy: Any) -> None:
-    full = engine.generate([[1] * 505], SamplingParams(max_new_tokens=7))
-    assert full.input_ids.shape[1] <= 512
-    scored = engine.generate([[1] * 495], SamplingParams(max_new_tokens=10, temperature=0.5), return_hidden_states=True)
-    assert_close(scored.model_logprobs, logprobs_of(policy, scored), 2e-5)
+def test_the_longest_rows_that_are_accepted_are_whole(engine: SGLangEngine, policy: Any) -> None:
+    """At a context of 512: prompts of 505 tokens and rows of 510; SGLang would cut longer ones short and not say so."""
+    prompt = [1 + i % 500 for i in range(505)]
+    full = engine.generate([prompt], SamplingParams(max_new_tokens=5))
+    assert full.response_lengths.tolist() == [5]
+    scored = engine.generate([prompt[:495]], SamplingParams(max_new_tokens=10, temperature=0.5))
+    assert_close(scored.model_logprobs, logprobs_of(policy, scored))
+    for length, tokens, temperature in ((506, 1, 1.0), (505, 6, 1.0), (495, 11, 0.5)):
+        with pytest.raises(ValueError, match="exceeds what the server takes"):
+            engine.generate([prompt[:1] * length], SamplingParams(max_new_tokens=tokens, temperature=temperature))
