@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import tyro
@@ -23,6 +23,7 @@ from irlfast.train.log import read_log
 from irlfast.train.seeds import derive_seed
 from irlfast.train.supervised import SupervisedConfig, train_supervised
 
+from .engines import EngineConfig
 from .language_model import load_language_model
 from .reward_options import RewardModelOptions, make_reward_model
 from .rows import DataConfig, read_rows
@@ -66,17 +67,26 @@ class BiLevelCommand:
     """That supervised fine-tuning."""
     data: DataConfig = field(default_factory=DataConfig)
     """Reading of the demonstrations."""
+    sampler: Annotated[EngineConfig, tyro.conf.arg(name="rollout")] = field(default_factory=EngineConfig)
+    """What samples."""
     reward_model: RewardModelOptions = field(default_factory=RewardModelOptions)
     """Reward model."""
     train: Annotated[BiLevelConfig, tyro.conf.arg(name="")] = field(default_factory=_default_training)
     """Training."""
 
 
-def run_bilevel(command: BiLevelCommand) -> int:
-    """Train, evaluate, compare with supervised fine-tuning, and write the results below `command.out`."""
-    logging.basicConfig(level=logging.WARNING, format="irlfast: %(message)s")
-    if not command.resume and (command.out / "metrics.jsonl").exists():
-        raise FileExistsError(f"{command.out} holds an earlier run: choose another --out, or --resume that one")
+class Prepared(NamedTuple):
+    """A run that can begin: its trainer, its start model, the rows to learn from and to stop by, and the EOS ids."""
+
+    trainer: BiLevelTrainer
+    reference: torch.nn.Module
+    training: Sequence[TokenizedDemonstration]
+    validation: Sequence[TokenizedDemonstration]
+    eos_token_ids: Sequence[int]
+
+
+def prepare(command: BiLevelCommand) -> Prepared:
+    """Load model and rows, and make the trainer; a server that samples is started or attached to. Close its engine."""
     loaded = load_language_model(command.model, device=command.device, dtype=command.dtype)
     model, tokenizer, limit = loaded.model, loaded.tokenizer, command.train.rollout.max_new_tokens
     training, validation, heldout = read_rows(
@@ -86,7 +96,7 @@ def run_bilevel(command: BiLevelCommand) -> int:
     reference = copy.deepcopy(model)
     trainer = BiLevelTrainer(
         policy=model,
-        engine=loaded.engine(),
+        engine=command.sampler.make(loaded, command.model),
         reward=make_reward_model(command.reward_model, model, token_statistics=command.train.reward.token_statistics),
         demonstrations=[*training, *validation],
         heldout=heldout,
@@ -97,18 +107,31 @@ def run_bilevel(command: BiLevelCommand) -> int:
         decode=lambda ids: token_pieces(ids, tokenizer),
         extra_state=tokenizer.save_pretrained,
     )
-    command.out.mkdir(parents=True, exist_ok=True)
-    write_json(command.out / "config.json", json.loads(json.dumps(asdict(command), default=str)))
-    if command.resume:
-        trainer.resume()
-    else:
-        trainer.fit_reward_scale()
-    trainer.train()
+    return Prepared(trainer, reference, training, validation, loaded.eos_token_ids)
+
+
+def run_bilevel(command: BiLevelCommand) -> int:
+    """Train, evaluate, compare with supervised fine-tuning, and write the results below `command.out`."""
+    logging.basicConfig(level=logging.WARNING, format="irlfast: %(message)s")
+    if not command.resume and (command.out / "metrics.jsonl").exists():
+        raise FileExistsError(f"{command.out} holds an earlier run: choose another --out, or --resume that one")
+    trainer, reference, training, validation, eos = prepare(command)
+    try:
+        command.out.mkdir(parents=True, exist_ok=True)
+        write_json(command.out / "config.json", json.loads(json.dumps(asdict(command), default=str)))
+        if command.resume:
+            trainer.resume()
+        else:
+            trainer.engine.update_weights(None, 0)  # a server that runs already may hold any weights
+            trainer.fit_reward_scale()
+        trainer.train()
+    finally:
+        trainer.engine.close()
 
     results = {row["iteration"]: row for row in read_log(command.out / "metrics.jsonl", "eval")}
     columns = {"start": results[0], "bi-level IRL": results[command.train.iterations]}
     if command.supervised_baseline:
-        columns["supervised"] = _supervised(command, trainer, reference, training, validation)
+        columns["supervised"] = _supervised(command, trainer, reference, training, validation, eos)
     summary = {name: {k: v for k, v in row.items() if k not in ("kind", "iteration")} for name, row in columns.items()}
     write_json(command.out / "summary.json", summary)
     plot_curves(command.out / "metrics.jsonl", command.out / "curves.png")
@@ -124,6 +147,7 @@ def _supervised(
     reference: torch.nn.Module,
     training: Sequence[TokenizedDemonstration],
     validation: Sequence[TokenizedDemonstration],
+    eos: Sequence[int],
 ) -> dict[str, float]:
     """Fine-tune a copy of the start on the same rows and evaluate it on the same prompts by the same reward."""
     tuned: Any = copy.deepcopy(reference).requires_grad_(True)
@@ -132,11 +156,7 @@ def _supervised(
     )
     metrics = evaluate_policy(
         policy=tuned,
-        engine=TransformersEngine(
-            tuned,
-            eos_token_id=trainer.engine.eos_token_ids,  # type: ignore[attr-defined]
-            pad_token_id=trainer.pad_token_id,
-        ),
+        engine=TransformersEngine(tuned, eos_token_id=eos, pad_token_id=trainer.pad_token_id),
         heldout=trainer.heldout,
         sampling=command.train.rollout,
         pad_token_id=trainer.pad_token_id,

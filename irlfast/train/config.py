@@ -269,8 +269,8 @@ class BiLevelConfig:
     seed: int = 0
     """Every random draw is a function of this seed and of counters, so a resumed run repeats an uninterrupted one."""
     overlap: int = 0
-    """Batches sampled ahead, while reward and policy train (irlfast.train.prefetch); needs an engine with weights of its
-    own. 0 samples and trains in turn. With overlap policy.tis_cap is 2 where neither it nor icepop_band is given."""
+    """Batches sampled ahead, while reward and policy train (irlfast.train.prefetch); needs an engine with weights of
+    its own. 0 samples in turn with training. Above 0, policy.tis_cap is 2 where neither it nor icepop_band is given."""
     rollout: SamplingParams = field(default_factory=lambda: SamplingParams(n=8))
     """How the policy is sampled; its `n` is the group size, its `seed` is replaced for each call."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)

@@ -19,6 +19,7 @@ from irlfast.rollout import Rollouts, SamplingParams, TransformersEngine
 from irlfast.train import BiLevelConfig, BiLevelTrainer, OptimizerConfig, PolicyConfig, RewardConfig
 from irlfast.train.bilevel import Experience
 from irlfast.train.config import EarlyStopConfig
+from irlfast.train.mismatch import EDGES
 from irlfast.train.policy_update import Targets
 
 Make = Callable[..., BiLevelTrainer]
@@ -190,7 +191,8 @@ def test_equal_prompts_form_one_group(make_trainer: Make, small_config: BiLevelC
 
 POLICY_KEYS = {
     *("loss", "policy", "entropy", "grad_norm", "lr", "return", "reward_served", "sampler_logprob", "length"),
-    *("rollout_gap", "rollout_gap_max", "rollout_kl", "tokens", "sequences"),
+    *("rollout_gap", "rollout_gap_max", "rollout_kl", "tokens", "sequences", "gap_mean", "gap_max"),
+    *("lag_mean", "lag_max", *(f"gap_above_{edge:g}" for edge in EDGES)),
 }
 REWARD_KEYS = {
     *("loss", "expert_reward", "sample_reward", "margin", "auc", "log_normalizer", "ess", "ess_relative"),

@@ -23,8 +23,8 @@ class SGLangOptions:
     """Port on the loopback interface for a server started here; 0 takes a free one."""
     start_timeout: float = 300.0
     """Seconds for a server to become ready, or to come back if it went away."""
-    args: tuple[str, ...] = ()
-    """Further arguments of sglang.launch_server, for example --mem-fraction-static 0.6."""
+    args: str = ""
+    """Further arguments of sglang.launch_server, as in a shell, for example "--mem-fraction-static 0.6"."""
     env: tuple[str, ...] = ()
     """Further environment variables of a server started here, each NAME=VALUE."""
     request_timeout: float = 600.0

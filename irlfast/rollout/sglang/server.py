@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -143,7 +144,7 @@ class SGLangServer:
             tokens = 16384 if tokens is None else tokens
         if tokens is not None:
             arguments += ["--max-total-tokens", str(tokens)]
-        return [*arguments, *options.args]
+        return [*arguments, *shlex.split(options.args)]
 
     def _environment(self) -> dict[str, str]:
         environment = dict(os.environ)

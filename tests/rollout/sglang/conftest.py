@@ -18,7 +18,8 @@ import torch
 
 from irlfast.rollout import SGLangEngine, SGLangOptions
 
-EOS, PAD = 1, 0
+sys.path.insert(0, str(Path(__file__).parent))  # the helpers beside this file
+from sglang_checks import EOS, PAD
 
 
 def _environment(serve: Path) -> Path:
@@ -54,7 +55,7 @@ def sglang_options() -> SGLangOptions:
     return SGLangOptions(
         python=str(venv / "bin" / "python"),
         max_total_tokens=8192,
-        args=("--random-seed", "7", "--max-running-requests", "32"),
+        args="--random-seed 7 --max-running-requests 32",
         env=(f"PYTHONPATH={serve.parent / 'shim'}", "HF_HUB_OFFLINE=1", "SGLANG_CPU_OMP_THREADS_BIND=1"),
     )
 

@@ -1,0 +1,226 @@
+"""What a real SGLang does to a run when it fails, and what becomes of the run; figures in docs/reliability.md."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cut_proxy import Proxy
+from sglang_checks import EOS, PAD, assert_close, changed, logprobs_of
+
+from irlfast.rollout import Rollouts, SamplingParams, SGLangEngine, SGLangError, SGLangOptions, SGLangServerEngine
+from irlfast.rollout.sglang import SGLangUnreachable
+
+QUICK = SGLangOptions(start_timeout=5.0, retries=2)
+
+
+@pytest.fixture
+def attach(policy: Any) -> Iterator[Callable[..., SGLangServerEngine]]:
+    """A function to engines on given addresses, with the tests' policy; all are closed at the end."""
+    engines: list[SGLangServerEngine] = []
+
+    def make(*urls: str, options: SGLangOptions = QUICK) -> SGLangServerEngine:
+        engines.append(SGLangServerEngine(urls, eos_token_id=EOS, pad_token_id=PAD, policy=policy, options=options))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+class Sampling:
+    """`engine.generate` in a thread."""
+
+    def __init__(self, engine: SGLangServerEngine, prompts: list[list[int]], params: SamplingParams) -> None:
+        self.result: Rollouts | None = None
+        self.error: Exception | None = None
+
+        def run() -> None:
+            try:
+                self.result = engine.generate(prompts, params)
+            except Exception as error:
+                self.error = error
+
+        self._thread = threading.Thread(target=run)
+        self._thread.start()
+
+    def wait(self) -> Rollouts:
+        self._thread.join()
+        if self.error is not None:
+            raise self.error
+        assert self.result is not None
+        return self.result
+
+
+def assert_whole(rollouts: Rollouts, prompts: list[list[int]], params: SamplingParams, policy: Any) -> None:
+    """Every prompt has its responses, in order, under the policy's weights."""
+    assert rollouts.groups.tolist() == [i for i in range(len(prompts)) for _ in range(params.n)]
+    for row, group in enumerate(rollouts.groups.tolist()):
+        assert rollouts.input_ids[row, : len(prompts[group])].tolist() == prompts[group]
+    assert_close(rollouts.model_logprobs, logprobs_of(policy, rollouts))
+
+
+def test_a_connection_cut_mid_batch_costs_no_sample(
+    engine: SGLangEngine, policy: Any, prompts: list[list[int]], attach: Callable[..., SGLangServerEngine]
+) -> None:
+    params = SamplingParams(max_new_tokens=120, n=2)
+    with Proxy(engine.server.port) as proxy:
+        through = attach(proxy.url)
+        through.update_weights(None, 1)
+        sampling = Sampling(through, prompts, params)
+        time.sleep(0.3)
+        proxy.cut()
+        assert proxy.dropped > 0
+        time.sleep(0.5)
+        proxy.restore()
+        assert_whole(sampling.wait(), prompts, params, policy)
+
+
+def test_where_one_of_two_servers_stays_away_the_other_does_its_work(
+    engine: SGLangEngine, policy: Any, prompts: list[list[int]], attach: Callable[..., SGLangServerEngine]
+) -> None:
+    params = SamplingParams(max_new_tokens=60, n=2)
+    with Proxy(engine.server.port) as first, Proxy(engine.server.port) as second:
+        both = attach(first.url, second.url, options=replace(QUICK, start_timeout=1.0))
+        both.update_weights(None, 1)
+        assert_whole(both.generate(prompts, params), prompts, params, policy)
+        sampling = Sampling(both, prompts, params)
+        time.sleep(0.2)
+        first.cut()
+        assert_whole(sampling.wait(), prompts, params, policy)
+        both.update_weights(None, 2)
+        assert_whole(both.generate(prompts, params), prompts, params, policy)
+        second.cut()
+        with pytest.raises(SGLangUnreachable, match=r"no SGLang server is left .*resume the run from its last checkp"):
+            both.generate(prompts, params)
+
+
+def test_slow_answers_end_in_an_error_and_leave_the_server_free(
+    engine: SGLangEngine, policy: Any, prompts: list[list[int]], attach: Callable[..., SGLangServerEngine]
+) -> None:
+    hasty = attach(engine.server.url, options=SGLangOptions(request_timeout=0.4, retries=1, start_timeout=20.0))
+    start = time.monotonic()
+    with pytest.raises(SGLangUnreachable, match=r"no answer within 0.4 s.*tried 2 times"):
+        hasty.generate(prompts, SamplingParams(max_new_tokens=450, n=4))
+    assert time.monotonic() - start < 60
+    # What was asked for and not waited for is given up by the server too: 8 prompts, 4 responses of 450 tokens each.
+    params = SamplingParams(max_new_tokens=4)
+    assert_whole(engine.generate(prompts, params), prompts, params, policy)
+
+
+def test_a_taken_port_is_said_at_once(sglang_options: SGLangOptions, stories_path: str, policy: Any) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        start = time.monotonic()
+        with pytest.raises(SGLangError, match=rf"port {port} on 127.0.0.1 is taken"):
+            SGLangEngine(
+                stories_path, eos_token_id=EOS, pad_token_id=PAD, policy=policy,
+                options=replace(sglang_options, port=port),
+            )  # fmt: skip
+        assert time.monotonic() - start < 5
+
+
+def test_no_server_and_no_interpreter_are_said(
+    sglang_options: SGLangOptions, stories_path: str, policy: Any, attach: Callable[..., SGLangServerEngine]
+) -> None:
+    with pytest.raises(SGLangUnreachable, match=r"127.0.0.1:9/model_info: ClientConnectorError"):
+        attach("http://127.0.0.1:9")
+    with pytest.raises(SGLangError, match=r"cannot start /no/such/python"):
+        SGLangEngine(
+            stories_path, eos_token_id=EOS, pad_token_id=PAD, policy=policy,
+            options=replace(sglang_options, python="/no/such/python"),
+        )  # fmt: skip
+
+
+def test_a_run_stops_in_words_when_its_server_is_gone_and_resumes(
+    engine: SGLangEngine, shared_data: Path, stories_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`irlfast bilevel` on a server that somebody takes away in the third iteration, and brings back."""
+    from irlfast.commands.bilevel import BiLevelCommand, DataConfig, run_bilevel
+    from irlfast.commands.engines import EngineConfig
+    from irlfast.train import BiLevelConfig, BiLevelTrainer
+    from irlfast.train.log import read_log
+
+    with Proxy(engine.server.port) as proxy:
+        command = BiLevelCommand(
+            model=stories_path,
+            demonstrations=str(shared_data / "text" / "tinystories_1000.jsonl.gz"),
+            out=tmp_path / "run",
+            supervised_baseline=False,
+            data=DataConfig(limit=40, heldout=8),
+            sampler=EngineConfig(
+                engine="sglang", urls=(proxy.url,), sglang=SGLangOptions(start_timeout=1.0, retries=1)
+            ),
+            train=BiLevelConfig(
+                iterations=4, prompts_per_step=4, eval_every=2, eval_prompts=8, checkpoint_every=1, overlap=1,
+                rollout=SamplingParams(max_new_tokens=12, n=2),
+            ),
+        )  # fmt: skip
+        step = BiLevelTrainer.policy_step
+
+        def cut_in_the_third(self: BiLevelTrainer, experience: Any) -> dict[str, float]:
+            if self.iteration == 2:
+                proxy.cut()
+            return step(self, experience)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(BiLevelTrainer, "policy_step", cut_in_the_third)
+            with pytest.raises(SGLangUnreachable, match="resume the run from its last checkpoint"):
+                run_bilevel(command)
+        proxy.restore()
+        assert run_bilevel(replace(command, resume=True)) == 0
+    rows = read_log(tmp_path / "run" / "metrics.jsonl", "train")
+    assert [row["iteration"] for row in rows] == [1, 2, 3, 4]
+    assert max(row["policy/lag_max"] for row in rows) == 1
+    engine.update_weights(None, 0)
+
+
+def scheduler_of(engine: SGLangEngine) -> int:
+    """The process that runs the model, a child of the server's."""
+    children = subprocess.run(["ps", "-e", "-o", "pid=,pgid=,command="], capture_output=True, text=True, check=True)
+    for line in children.stdout.splitlines():
+        pid, group, command = line.split(None, 2)
+        if int(group) == engine.server.pid and "scheduler" in command:
+            return int(pid)
+    raise AssertionError(f"no scheduler among the processes of group {engine.server.pid}: {children.stdout}")
+
+
+def test_a_server_killed_mid_batch_is_started_again_with_the_weights_it_had(
+    engine: SGLangEngine, policy: Any, prompts: list[list[int]], attach: Callable[..., SGLangServerEngine]
+) -> None:
+    """The whole batch comes, under the trained weights and not those of the model's folder.
+
+    To a second engine that is attached to the same address, this is a server that somebody restarted by hand.
+    """
+    params = SamplingParams(max_new_tokens=200, n=4)
+    changed(policy, 0.1)
+    engine.update_weights(None, 3)
+    bystander = attach(engine.server.url, options=SGLangOptions())
+    bystander.update_weights(None, 7)
+    engine.update_weights(None, 3)
+    sampling = Sampling(engine, prompts, params)
+    time.sleep(0.5)
+    os.kill(scheduler_of(engine), signal.SIGKILL)
+    rollouts = sampling.wait()
+    assert engine.restarts == 1
+    assert_whole(rollouts, prompts, params, policy)
+    assert rollouts.versions is not None
+    assert set(rollouts.versions[rollouts.response_mask].tolist()) == {3}
+
+    later = bystander.generate(prompts, SamplingParams(max_new_tokens=8))
+    assert later.versions is not None
+    assert set(later.versions[later.response_mask].tolist()) == {7}
+    assert_close(later.model_logprobs, logprobs_of(policy, later))
+    assert torch.isfinite(later.model_logprobs).all()
