@@ -218,7 +218,12 @@ def test_an_update_in_flight_is_seen_token_by_token(
     assert set(versions[rollouts.response_mask].tolist()) == {1, 2}
     for version, model in ((1, old), (2, policy)):
         mine = rollouts.response_mask & (versions == version)
-        assert_close(rollouts.model_logprobs[mine], logprobs_of(model, rollouts)[mine])
+        # At 300 tokens transformers itself rounds by 3e-5, so both are held against float64.
+        single = logprobs_of(model, rollouts)
+        exact = logprobs_of(model.double(), rollouts)
+        model.float()
+        bound = float((single - exact)[mine].abs().max()) + 1e-5
+        assert float((rollouts.model_logprobs - exact)[mine].abs().max()) <= bound
     # And not the other's: what was cached under the old weights was read again.
     late = rollouts.response_mask & (versions == 2)
     assert float((logprobs_of(old, rollouts) - rollouts.model_logprobs)[late].abs().max()) > 0.1
