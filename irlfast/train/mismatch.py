@@ -70,7 +70,7 @@ class MismatchWatch:
         self._seen.append(gap)
         self._quiet -= 1
         grown = usual is not None and gap > max(_NOTABLE, _GROWTH * usual)
-        if self._quiet > 0 or not (grown or gap > _ALARMING):
+        if self._quiet > 0 or not (grown or not gap <= _ALARMING):  # so that NaN is not passed over
             return None
         self._quiet = _WINDOW
         before = "" if usual is None else f", usually {usual:.2g}"

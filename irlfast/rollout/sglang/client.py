@@ -80,11 +80,10 @@ class SGLangClient:
     async def server_info(self) -> ServerInfo:
         return parse(ServerInfo, await self._ask("GET", "/server_info", None, _CONTROL_TIMEOUT), self.url)
 
-    async def load_tensors(self, tensors: Sequence[tuple[str, Tensor]], *, version: str, tp_size: int) -> None:
+    async def load_tensors(self, tensors: Sequence[tuple[str, Tensor]], *, version: str | None, tp_size: int) -> None:
         """Replace the named weights; prefixes cached under the old ones are forgotten.
 
-        Generation is paused, requests under way give their cache back, and they go on under the new weights after
-        reading their tokens again. The server must know every name, and every shape must be right: an unknown name is
+        With a `version`, the weights have this name from now on; give it with the last tensors of an update. The server must know every name, and every shape must be right: an unknown name is
         silently ignored and a wrong shape ends the server, so callers check both before.
         """
         # Plain pickle: shared memory and file descriptors would tie both ends to one machine.
@@ -99,15 +98,21 @@ class SGLangClient:
     async def begin_update(self) -> bool:
         """Pause generation and open an update; whether the server knows sessions of updates (from 0.5.21 on)."""
         await self._optional("/pause_generation", {"mode": "retract"})
+        try:
+            return await self._optional("/begin_weight_update", {})
+        except SGLangRefused as error:
+            if "already open" not in str(error):
+                raise
+        await self._done("/end_weight_update", {})  # one that a trainer left open when it was killed
         return await self._optional("/begin_weight_update", {})
 
-    async def end_update(self, begun: bool) -> None:
-        """Close the update, where one was opened, and let generation go on, whatever became of the update."""
-        try:
-            if begun:
-                await self._done("/end_weight_update", {})
-        finally:
-            await self._optional("/continue_generation", {})
+    async def end_update(self) -> None:
+        """Close an update that `begin_update` opened."""
+        await self._done("/end_weight_update", {})
+
+    async def go_on(self) -> None:
+        """Let generation go on after `begin_update`, whatever became of the update."""
+        await self._optional("/continue_generation", {})
 
     async def _done(self, path: str, request: Mapping[str, Any]) -> None:
         done = parse(Done, await self._ask("POST", path, request, self._timeout), self.url)

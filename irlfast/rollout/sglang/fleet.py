@@ -83,14 +83,15 @@ class Fleet:
         return alive
 
     async def push(self, weights: Weights) -> None:
-        """Give all servers these weights and check that they arrived.
+        """Give all servers these weights, one after another so that the others go on, and check that they arrived.
 
         Raises:
             SGLangRefused: a server refused them, or scores the probe otherwise than the policy.
             SGLangUnreachable: no server is left.
         """
         self.weights = weights
-        await asyncio.gather(*(self._push_or_repair(member) for member in self.alive()))
+        for member in self.alive():
+            await self._push_or_repair(member)
         self.alive()
 
     async def _push_or_repair(self, member: Member) -> None:
@@ -151,15 +152,22 @@ class Fleet:
     async def _load(self, member: Member) -> None:
         weights, client = self.weights, member.client
         assert weights is not None
-        begun = await client.begin_update()
         try:
-            if weights.folder is not None:
-                await client.load_folder(str(weights.folder), version=weights.name)
-            else:
-                for part in buckets(weights.snapshot.tensors):
-                    await client.load_tensors(part, version=weights.name, tp_size=member.tp_size)
+            begun = await client.begin_update()
+            try:
+                if weights.folder is not None:
+                    await client.load_folder(str(weights.folder), version=weights.name)
+                else:
+                    parts = list(buckets(weights.snapshot.tensors))
+                    for i, part in enumerate(parts):
+                        # Named with the last part alone: what broke off in between must not pass for the whole.
+                        name = weights.name if i + 1 == len(parts) else None
+                        await client.load_tensors(part, version=name, tp_size=member.tp_size)
+            finally:
+                if begun:
+                    await client.end_update()
         finally:
-            await client.end_update(begun)
+            await client.go_on()
         await self._check(member, weights.snapshot)
 
     async def _check(self, member: Member, snapshot: WeightSnapshot) -> None:

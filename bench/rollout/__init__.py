@@ -1,0 +1,1 @@
+"""Whole training runs by what samples them: `python -m bench.rollout`."""
