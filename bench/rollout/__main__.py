@@ -1,7 +1,7 @@
 """Measure whole runs by what samples them, on a real SGLang server that it starts:
 
-    python -m bench.rollout learning    the same run sampled by TransformersEngine and by SGLang: does it learn the same?
-    python -m bench.rollout overlap     SGLang with and without overlap: samples a second, and how long training waits
+python -m bench.rollout learning    the same run sampled by TransformersEngine and by SGLang: does it learn the same?
+python -m bench.rollout overlap     SGLang with and without overlap: samples a second, and how long training waits
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
+from transformers import AutoConfig
 
 from bench import _results
-from irlfast.commands.bilevel import run_bilevel
+from irlfast.commands.bilevel import prepare, run_bilevel
 from irlfast.rollout import Rollouts, SGLangEngine
 from irlfast.train import BiLevelTrainer
 from irlfast.train.log import read_log
@@ -101,22 +102,23 @@ class _Clocked:
 
 def overlap(options: Overlap) -> dict[str, Any]:
     """Samples a second and the share of time that the trainer waited, for each amount of training."""
-    from irlfast.commands.bilevel import make_trainer
-
+    config = AutoConfig.from_pretrained(options.model)
+    server = SGLangEngine(
+        options.model, eos_token_id=config.eos_token_id, pad_token_id=0, config=config, dtype="float32",
+        options=options.sglang,
+    )  # fmt: skip
     rows: list[dict[str, Any]] = []
     run = command(options, "sglang", 0, Path("unused"), 10_000)
-    engine: SGLangEngine | None = None
+    run = replace(run, sampler=replace(run.sampler, urls=(server.server.url,)))
     try:
         for epochs in options.epochs:
             for _ in range(options.rounds):
                 for ahead in (0, 1):
-                    parts = make_trainer(with_overlap(run, ahead, epochs), engine=engine, out=None)
-                    engine = parts.engine  # type: ignore[assignment]
-                    rows.append({"epochs": epochs, "overlap": ahead, **_stretch(parts.trainer, options.iterations)})
+                    trainer = prepare(with_overlap(run, ahead, epochs)).trainer
+                    rows.append({"epochs": epochs, "overlap": ahead, **_stretch(trainer, options.iterations)})
                     print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     finally:
-        if engine is not None:
-            engine.close()
+        server.close()
     summary = []
     for epochs in options.epochs:
         row: dict[str, Any] = {"epochs": epochs}
@@ -140,8 +142,7 @@ def _stretch(trainer: BiLevelTrainer, iterations: int) -> dict[str, float]:
         trainer.reward_step(gathered)
         times.append(time.perf_counter())
         waits.append(trainer.engine.waited)
-    if isinstance(trainer.engine, Prefetch):
-        trainer.engine.drain()
+    trainer.engine.close()
     seconds = times[-1] - times[0]
     samples = (iterations - 1) * trainer.config.prompts_per_step * trainer.config.rollout.n
     return {

@@ -83,8 +83,9 @@ class SGLangClient:
     async def load_tensors(self, tensors: Sequence[tuple[str, Tensor]], *, version: str | None, tp_size: int) -> None:
         """Replace the named weights; prefixes cached under the old ones are forgotten.
 
-        With a `version`, the weights have this name from now on; give it with the last tensors of an update. The server must know every name, and every shape must be right: an unknown name is
-        silently ignored and a wrong shape ends the server, so callers check both before.
+        With a `version`, the weights have this name from now on; give it with the last tensors of an update. The server
+        must know every name, and every shape must be right: an unknown name is silently ignored and a wrong shape ends
+        the server, so callers check both before.
         """
         # Plain pickle: shared memory and file descriptors would tie both ends to one machine.
         blob = base64.b64encode(pickle.dumps(list(tensors), protocol=5)).decode()

@@ -67,7 +67,8 @@ def assert_whole(rollouts: Rollouts, prompts: list[list[int]], params: SamplingP
     assert rollouts.groups.tolist() == [i for i in range(len(prompts)) for _ in range(params.n)]
     for row, group in enumerate(rollouts.groups.tolist()):
         assert rollouts.input_ids[row, : len(prompts[group])].tolist() == prompts[group]
-    assert_close(rollouts.model_logprobs, logprobs_of(policy, rollouts))
+    # Not less, because of long rows: at 300 tokens transformers itself is 3e-5 off float64.
+    assert_close(rollouts.model_logprobs, logprobs_of(policy, rollouts), 5e-5)
 
 
 def test_a_connection_cut_mid_batch_costs_no_sample(
