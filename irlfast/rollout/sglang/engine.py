@@ -26,7 +26,7 @@ from .options import SGLangOptions
 from .routing import spread
 from .sampled import Response, needs_scoring, refuse_raw_logprobs, request, response, truncates
 from .server import SGLangServer
-from .weights import ExpectedWeights, WeightSnapshot, folder_shapes, policy_tensors, probe_logprobs
+from .weights import ExpectedWeights, WeightSnapshot, folder_shapes, policy_tensors, probe_logprobs, save_folder
 
 if TYPE_CHECKING:
     from .client import SGLangClient
@@ -207,17 +207,8 @@ class SGLangServerEngine:
 
     def push_weights(self, snapshot: WeightSnapshot) -> None:
         """Send a snapshot to all servers; see `update_weights`."""
-        from .fleet import Weights
-
         self._require_open()
-        name = f"{self._run}-{snapshot.version}"
-        folder = None if self._weights_folder is None else self._save(snapshot)
-        self._send(Weights(name=name, snapshot=snapshot, folder=folder))
-        if self._weights_folder is not None:
-            # What is served stays: a server that is started again loads it.
-            for old in self._weights_folder.glob(f"{self._run}-*"):
-                if old.resolve() != folder:
-                    shutil.rmtree(old)
+        self._send(snapshot, folder=None)
 
     def update_weights_from_disk(self, folder: Path | str, version: int) -> None:
         """Let all servers load the *.safetensors of `folder`, a path that is the same to them.
@@ -226,13 +217,10 @@ class SGLangServerEngine:
             FileNotFoundError, ValueError: no weights there, or not the served model's; nothing was sent.
             SGLangError: a server refused them.
         """
-        from .fleet import Weights
-
         self._require_open()
         path = Path(folder).resolve()
         self._expected.check(folder_shapes(path))
-        snapshot = WeightSnapshot(tensors={}, version=version)
-        self._send(Weights(name=f"{self._run}-{version}", snapshot=snapshot, folder=path))
+        self._send(WeightSnapshot(tensors={}, version=version), folder=path)
 
     def close(self) -> None:
         """Let go of the servers, and stop one that was started here."""
@@ -290,41 +278,47 @@ class SGLangServerEngine:
         if self._server is not None:
             self._server.stop()
 
-    def _send(self, weights: Any) -> None:
-        """Push on the first rank, and let every rank know how it went."""
-        version = weights.snapshot.version
-        self._versions[weights.name] = version
-        failure: str | None = None
+    def _send(self, snapshot: WeightSnapshot, folder: Path | None) -> None:
+        """Push on the first rank, and let every rank know under which name, or that it failed."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        shared: list[Any] = [None, self._run]
+        shared: list[str | None] = [f"{self._run}-{snapshot.version}", None]
+        failure: Exception | None = None
         if not distributed or torch.distributed.get_rank() == 0:
             try:
-                self._wait(self._fleet.push(weights))
-            except SGLangError as error:
+                self._push(f"{self._run}-{snapshot.version}", snapshot, folder)
+            except Exception as error:
                 if not distributed:
                     raise
-                failure = str(error)
-            shared[0] = failure
+                failure, shared[1] = error, str(error)
         if distributed:
             torch.distributed.broadcast_object_list(shared, src=0)
-            if shared[0] is not None:
-                raise SGLangError(f"the first rank could not update the servers: {shared[0]}")
-            self._run = shared[1]
-            name = f"{self._run}-{version}"
-            self._versions[name] = version
-            self._fleet.weights = type(weights)(name=name, snapshot=weights.snapshot, folder=weights.folder)
-        self.version = version
+            if failure is not None:
+                raise failure
+            name, reason = shared
+            if reason is not None or name is None:
+                raise SGLangError(f"the first rank could not update the servers: {reason}")
+            self._know(name, snapshot, folder)
+        self.version = snapshot.version
 
-    def _save(self, snapshot: WeightSnapshot) -> Path:
-        """The snapshot as a model folder of its own."""
-        from safetensors.torch import save_file
+    def _push(self, name: str, snapshot: WeightSnapshot, folder: Path | None) -> None:
+        root = self._weights_folder
+        if folder is None and root is not None:
+            folder = (root / name).resolve()
+            save_folder(snapshot, self._config, folder)
+        self._know(name, snapshot, folder)
+        self._wait(self._fleet.push())
+        if root is not None:
+            # What is served stays: a server that is started again loads it.
+            for old in root.glob(f"{self._run}-*"):
+                if old.resolve() != folder:
+                    shutil.rmtree(old)
 
-        assert self._weights_folder is not None
-        folder = self._weights_folder / f"{self._run}-{snapshot.version}"
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(dict(snapshot.tensors), str(folder / "model.safetensors"), metadata={"format": "pt"})
-        self._config.save_pretrained(folder)
-        return folder.resolve()
+    def _know(self, name: str, snapshot: WeightSnapshot, folder: Path | None) -> None:
+        """From now on servers have to hold these weights, and replies under their name are taken."""
+        from .fleet import Weights
+
+        self._versions[name] = snapshot.version
+        self._fleet.weights = Weights(name=name, snapshot=snapshot, folder=folder)
 
     # Sampling
 
@@ -370,7 +364,7 @@ class SGLangServerEngine:
                         await self._score(member, row, hidden)
                 return rows
 
-        return await self._with_repairs(attempt, home)
+        return await self._with_repairs(attempt, prompt, home)
 
     async def _score(self, member: Member, row: Response, hidden: bool) -> None:
         """Fill in the log-probs at temperature 1, and the hidden states, under the weights that sampled the row."""
@@ -401,9 +395,8 @@ class SGLangServerEngine:
         states: Any = meta.hidden_states[0]
         if whole and len(states) != len(ids):
             raise SGLangRefused(
-                f"{member.url} returned {len(states)} hidden states for {len(ids)} tokens: it drops those of all but "
-                "the "
-                "last chunk where it reads a prompt in several; start it with --chunked-prefill-size -1"
+                f"{member.url} returned {len(states)} hidden states for {len(ids)} tokens: it drops all but those "
+                "of the last chunk where it reads a prompt in several; start it with --chunked-prefill-size -1"
             )
         logprobs = scored_tokens(member.url, meta.input_token_logprobs[1:], ids[1:]) if whole else []
         return _Read(states, logprobs, meta.weight_version)
@@ -416,15 +409,17 @@ class SGLangServerEngine:
                 async with slots:
                     return torch.tensor((await self._read(member, row, whole=whole)).states)
 
-            return await self._with_repairs(attempt, home)
+            return await self._with_repairs(attempt, row, home)
 
         return await all_of(one(row, home) for row, home in zip(rows, self._homes(rows), strict=True))
 
-    async def _with_repairs(self, attempt: Callable[[Member], Awaitable[T]], member: Member) -> T:
-        """`attempt(member)`, repeated after repairs, at another server where the first is given up."""
+    async def _with_repairs(
+        self, attempt: Callable[[Member], Awaitable[T]], prompt: Sequence[int], member: Member
+    ) -> T:
+        """`attempt(member)`, repeated after repairs, at the prompt's next server where the first is given up."""
         for count in range(self.options.retries + 1):
             if member.lost is not None:
-                member = self._fleet.alive()[0]
+                member = self._homes([prompt])[0]
             seen = member.repairs
             try:
                 return await attempt(member)
@@ -449,16 +444,13 @@ class SGLangServerEngine:
                     )
 
     def _note_missing_mask(self, meta: Any, params: SamplingParams) -> None:
-        if (
-            meta.output_token_sampling_logprobs is None
-            and truncates(params, self.vocab_size)
-            and not self._unmasked_said
-        ):
+        if self._unmasked_said or meta.output_token_sampling_logprobs is not None:
+            return
+        if truncates(params, self.vocab_size):
             self._unmasked_said = True
             warnings.warn(
-                "this SGLang gives no log-probs renormalised after top-k and top-p: sampler_logprobs are those "
-                "before them, "
-                "too low by the log of the mass that was kept. Use top_p = 1 and top_k = 0, or a newer SGLang",
+                "this SGLang gives no log-probs renormalised after top-k and top-p: sampler_logprobs are those before "
+                "them, too low by the log of the mass that was kept. Use top_p = 1 and top_k = 0, or a newer SGLang",
                 stacklevel=2,
             )
 

@@ -49,6 +49,8 @@ class Weights:
 class Fleet:
     """Servers that all hold the same weights.
 
+    `weights` are what they have to hold, None for what they hold anyway.
+
     Args:
         members: the servers, started or attached to.
         reconnect_timeout: seconds to wait for a server that went away and was not started here.
@@ -82,14 +84,13 @@ class Fleet:
             )
         return alive
 
-    async def push(self, weights: Weights) -> None:
-        """Give all servers these weights, one after another so that the others go on, and check that they arrived.
+    async def push(self) -> None:
+        """Give all servers `weights`, one after another so that the others go on, and check that they arrived.
 
         Raises:
             SGLangRefused: a server refused them, or scores the probe otherwise than the policy.
             SGLangUnreachable: no server is left.
         """
-        self.weights = weights
         for member in self.alive():
             await self._push_or_repair(member)
         self.alive()
@@ -140,6 +141,7 @@ class Fleet:
     async def _can_generate(self, member: Member, deadline: float) -> bool:
         body = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "temperature": 0.0}}
         try:
+            await member.client.go_on()  # an update that broke off may have left it paused
             await asyncio.wait_for(member.client.generate(body), max(1.0, deadline - time.monotonic()))
         except (SGLangUnreachable, asyncio.TimeoutError):
             return False

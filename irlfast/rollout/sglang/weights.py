@@ -150,6 +150,15 @@ def folder_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def save_folder(snapshot: WeightSnapshot, config: Any, folder: Path) -> None:
+    """Write a snapshot as a model folder."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(snapshot.tensors), str(folder / "model.safetensors"), metadata={"format": "pt"})
+    config.save_pretrained(folder)
+
+
 def buckets(tensors: Mapping[str, Tensor], size: int = 1 << 29) -> Iterator[list[tuple[str, Tensor]]]:
     """The tensors in runs of about `size` bytes, each at least one tensor."""
     run: list[tuple[str, Tensor]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import shlex
@@ -20,6 +21,24 @@ from irlfast.rollout import SGLangEngine, SGLangOptions
 
 sys.path.insert(0, str(Path(__file__).parent))  # the helpers beside this file
 from sglang_checks import EOS, PAD
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults-json", type=Path, help="write what the faults cost to this file")
+
+
+@pytest.fixture(scope="session")
+def note(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
+    """A function from a fault's name and its figures to a line of the file that --faults-json names."""
+    # Known where this folder was asked for on the command line alone.
+    path: Path | None = request.config.getoption("--faults-json", default=None)
+    faults: dict[str, dict[str, Any]] = {}
+    yield lambda fault, **figures: faults.__setitem__(fault, figures)
+    if path is not None:
+        from bench._results import provenance
+
+        command = "pytest tests/rollout/sglang/test_faults.py --faults-json docs/results/sglang_faults.json"
+        path.write_text(json.dumps({"provenance": provenance(command), "faults": faults}, indent=1) + "\n")
 
 
 def _environment(serve: Path) -> Path:
