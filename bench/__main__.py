@@ -1,10 +1,10 @@
-"""`python -m bench all`, `OP`, `gpu` or `table`; each has --help."""
+"""`python -m bench all`, `OP`, `gpu`, `launch` or `table`; each has --help."""
 
 from __future__ import annotations
 
 import sys
 
-from bench import table
+from bench import _launch, table
 from bench._run import main as measure
 from bench._run import op_modules
 from bench.gpu import _command as gpu
@@ -16,8 +16,10 @@ def main(argv: list[str]) -> int:
         return table.main(argv[1:])
     if argv and argv[0] == "gpu":
         return gpu.main(argv[1:])
+    if argv and argv[0] == "launch":
+        return _launch.main(argv[1:])
     if not argv or argv[0] not in targets:
-        names = ",".join([*targets, "gpu", "table"])
+        names = ",".join([*targets, "gpu", "launch", "table"])
         usage = f"usage: python -m bench {{{names}}} [options]; --help after it shows them"
         asked = bool(argv) and argv[0] in ("-h", "--help")
         print(usage, file=sys.stdout if asked else sys.stderr)

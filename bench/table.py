@@ -7,15 +7,16 @@ import re
 from pathlib import Path
 
 from bench import _results
+from bench._launch import launch_table
 from bench._report import headline, markdown
 from bench.gpu._model import model_table
 
 # In a page, what stands between two comments is the tables of the file that the first one names.
 # "model" names files by a pattern, of which there may be none.
 BLOCK = re.compile(
-    r"(<!-- (?P<kind>figures|headline|model): (?P<file>\S+) -->\n).*?(?=<!-- end of figures -->)", re.DOTALL
+    r"(<!-- (?P<kind>figures|headline|launch|model): (?P<file>\S+) -->\n).*?(?=<!-- end of figures -->)", re.DOTALL
 )
-KINDS = {"figures": markdown, "headline": headline}
+KINDS = {"figures": markdown, "headline": headline, "launch": launch_table}
 
 
 def fill(page: str, read: Path) -> str:

@@ -219,7 +219,8 @@ def _run_kernels(
     mode = resolve_mode(mode, hidden, weight, bias, labels.numel(), memory_budget)
     run: Callable[..., Outputs] = torch.ops.irlfast.linear_token_stats
     if kernels is _TRITON and runs_undispatched(hidden) and runs_undispatched(weight):
-        run = partial(_LinearTokenStats.apply, kernels)
+        recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+        run = partial(_LinearTokenStats.apply, kernels) if recorded else kernels.forward
     logprob, entropy, lse, _, _ = run(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,

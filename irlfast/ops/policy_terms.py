@@ -461,10 +461,8 @@ def _run(
     keep: Tensor | None,
 ) -> PolicyTerms:
     per_token = not _one_a_sequence(advantages, logprobs, cu_seqlens, term)
-    dtype = _compute_dtype(logprobs, advantages, old_logprobs, ref_logprobs, rollout_logprobs, entropy)
-    logprobs, advantages = _cast(logprobs, dtype), _cast(advantages, dtype)
-    old_logprobs, ref_logprobs, rollout_logprobs, entropy = (
-        None if x is None else _cast(x, dtype) for x in (old_logprobs, ref_logprobs, rollout_logprobs, entropy)
+    logprobs, advantages, old_logprobs, ref_logprobs, rollout_logprobs, entropy = _in_one_dtype(
+        logprobs, advantages, old_logprobs, ref_logprobs, rollout_logprobs, entropy
     )
     cu_seqlens = offsets_beside(cu_seqlens, logprobs)
     wanted = torch.is_grad_enabled() and (
@@ -617,9 +615,13 @@ def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float32
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """tensor.to(dtype), which costs ten times as much as the question whether there is something to do."""
-    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+def _in_one_dtype(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """All in the type results are given in. To ask costs a tenth of what tensor.to(dtype) does, in vain."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype is not torch.float32:
+            dtype = _compute_dtype(*tensors)
+            return tuple(None if x is None else x.to(dtype) for x in tensors)
+    return tensors
 
 
 def _check_tensors(
@@ -639,12 +641,12 @@ def _check_tensors(
     if cu_seqlens is None:
         if len(shape) != 2:
             raise ValueError(f"logprobs has shape {tuple(shape)}; expected [B, T], or [N] with cu_seqlens")
-        rows = torch.Size(shape[:1])
+        rows: tuple[int, ...] = shape[:1]
     else:
         check_offsets_form(cu_seqlens)
         if len(shape) != 1:
             raise ValueError(f"logprobs has shape {tuple(shape)}; expected packed [N], as cu_seqlens is given")
-        rows = torch.Size([cu_seqlens.shape[0] - 1])
+        rows = (cu_seqlens.shape[0] - 1,)
     if advantages.shape not in (rows, shape):
         raise ValueError(
             f"advantages has shape {tuple(advantages.shape)}; expected {tuple(rows)}, one a response, "
@@ -663,7 +665,7 @@ def _check_tensors(
             raise ValueError(f"{name} has shape {tuple(values.shape)}; expected that of logprobs, {tuple(shape)}")
         if values.device != device:
             raise ValueError(f"{name} is on {values.device}, logprobs on {device}; move one to the other")
-        if name != "mask" and not values.is_floating_point():
+        if values is not mask and not values.is_floating_point():
             require_floating(**{name: values})
     if advantages.device != device:
         raise ValueError(f"advantages is on {advantages.device}, logprobs on {device}; move one to the other")
