@@ -7,7 +7,7 @@ IRL (Ziebart et al. 2008) and, with samples of the policy as importance proposal
     policy:  maximise E_pi[r] - beta KL(pi || b)          by one of irlfast.train.policy_kinds
     return   R_i = r(y_i) - beta (log pi(y_i) - log b(y_i)),   a response's, or spread over its tokens; detached
 
-and then `reward_steps` steps of
+and then `reward_steps` steps of, for the objective `maxent` (the others: docs/objectives.md),
 
     reward:  minimise mean_x [ -r(x, y_E) / beta + log (1/K) sum_k exp(r_k / beta) b_k / q_k ]
 

@@ -25,6 +25,8 @@ from .optim import Optimizer
 from .scoring import sequence_sum
 from .shaping import ShapingPotential
 
+_FEATURES = {"expert_features", "sample_features", "score"}
+
 
 class Replayed(NamedTuple):
     """Samples of earlier policies: groups as in the experience they join, log_proposal [N] of their own samplers."""
@@ -47,14 +49,15 @@ class RewardUpdate:
 
     def __init__(self, reward: BaseRewardModel, config: BiLevelConfig) -> None:
         options = config.reward
-        if (options.gradient_penalty or options.r1) and not isinstance(reward, PooledRewardModel):
-            raise ValueError(
-                f"reward.gradient_penalty and reward.r1 need a reward on pooled features, and {type(reward).__name__} "
-                "is none: leave them at 0, or use the reward model 'mlp' or 'backbone'"
-            )
         self.reward = reward
         self.config = config
         self.objective = options.make_objective()
+        self._reads_features = bool(options.gradient_penalty or options.r1 or _FEATURES & self.objective.needs)
+        if self._reads_features and not isinstance(reward, PooledRewardModel):
+            raise ValueError(
+                f"reward.gradient_penalty, reward.r1 and objectives that need {sorted(_FEATURES)} take a reward on "
+                f"pooled features, and {type(reward).__name__} is none: use the reward model 'mlp' or 'backbone'"
+            )
         total = config.reward_warmup_steps + config.iterations * config.reward_steps
         self.shaping: ShapingPotential | None = None
         trained: nn.Module = reward
@@ -67,11 +70,11 @@ class RewardUpdate:
         """One optimiser step; returns loss, the objective's metrics, the penalties that are on, grad_norm and lr."""
         self.reward.train()
         self.optimizer.zero_grad()
-        results = [self.objective.loss(batch) for batch in self._batches(experience, expert_scored, replayed)]
+        batches = self._batches(experience, expert_scored, replayed)
+        results = [self.objective.loss(batch) for batch in batches]
         loss = torch.stack([result.loss for result in results]).mean() if len(results) > 1 else results[0].loss
         metrics = mean_rows([{key: float(value) for key, value in result.metrics.items()} for result in results])
-        penalties = self._penalties(expert_scored, experience.scored)
-        for name, (weight, value) in penalties.items():
+        for name, (weight, value) in self._penalties(batches[0]).items():
             loss = loss + weight * value
             metrics[name] = float(value.detach())
         loss.backward()
@@ -109,12 +112,15 @@ class RewardUpdate:
         )
         if self.shaping is not None:
             expert_logprobs = experience.expert_token_logprobs
-            assert expert_logprobs is not None  # asked for in needs
+            if expert_logprobs is None:
+                raise ValueError("airl with form='token' needs the experience's expert_token_logprobs: fill it in")
             shared = replace(
                 shared,
                 expert_tokens=self._token_terms(experts, expert_scored, expert_logprobs),
                 sample_tokens=self._token_terms(samples, scored, samples.model_logprobs),
             )
+        if self._reads_features:
+            shared = self._with_features(shared, expert_scored, scored, replayed)
         others = zip(expert_rewards[1:], sample_rewards[1:], strict=True)
         return [shared, *(replace(shared, expert_rewards=e, sample_rewards=s) for e, s in others)]
 
@@ -129,17 +135,31 @@ class RewardUpdate:
             potentials=self.shaping(states, mask),
         )
 
-    def _penalties(self, expert: Scored, sample: Scored) -> dict[str, tuple[float, Tensor]]:
+    def _with_features(
+        self, batch: RewardBatch, expert: Scored, sample: Scored, replayed: Replayed | None
+    ) -> RewardBatch:
+        """The batch with pooled features of its rows, and the reward as a function of them."""
+        reward = self.reward
+        assert isinstance(reward, PooledRewardModel)
+        parts = [sample] if replayed is None else [sample, replayed.scored]
+        return replace(
+            batch,
+            expert_features=reward.features(*expert.inputs),
+            sample_features=torch.cat([reward.features(*part.inputs) for part in parts]),
+            score=reward.head,
+        )
+
+    def _penalties(self, batch: RewardBatch) -> dict[str, tuple[float, Tensor]]:
         """Weight and value of each penalty that is on."""
-        options, reward = self.config.reward, self.reward
+        options = self.config.reward
         found: dict[str, tuple[float, Tensor]] = {}
-        if isinstance(reward, PooledRewardModel) and (options.gradient_penalty or options.r1):
-            expert_features = reward.features(*expert.inputs)
-            if options.gradient_penalty:
-                value = gradient_penalty(reward.head, expert_features, reward.features(*sample.inputs))
-                found["gradient_penalty"] = (options.gradient_penalty, value)
-            if options.r1:
-                found["r1"] = (options.r1, r1_penalty(reward.head, expert_features))
+        if batch.score is None or batch.expert_features is None or batch.sample_features is None:
+            return found
+        if options.gradient_penalty:
+            value = gradient_penalty(batch.score, batch.expert_features, batch.sample_features)
+            found["gradient_penalty"] = (options.gradient_penalty, value)
+        if options.r1:
+            found["r1"] = (options.r1, r1_penalty(batch.score, batch.expert_features))
         return found
 
 

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from irlfast.eval import toy
-from irlfast.losses import Objective, RewardBatch, airl_token_loss, maxent_irl_loss, objective_names
+from irlfast.losses import (
+    Objective,
+    RewardBatch,
+    RewardLoss,
+    airl_token_loss,
+    maxent_irl_loss,
+    objective_names,
+    register_objective,
+    registry,
+)
 from irlfast.rewards import create_reward_model, load_reward_model
 from irlfast.rollout import SamplingParams, TransformersEngine
 from irlfast.train import BiLevelConfig, BiLevelTrainer, OptimizerConfig, RewardConfig
@@ -185,8 +194,37 @@ def test_penalties_need_pooled_features(make_trainer: Make, small_config: BiLeve
     from irlfast.train.reward_update import RewardUpdate
 
     config = replace(trainer.config, reward=replace(trainer.config.reward, r1=1.0))
-    with pytest.raises(ValueError, match="need a reward on pooled features, and TrajectoryRewardModel is none"):
+    with pytest.raises(ValueError, match="take a reward on pooled features, and TrajectoryRewardModel is none"):
         RewardUpdate(model, config)
+
+
+def test_an_objective_of_ones_own_may_read_features(
+    make_trainer: Make, small_config: BiLevelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "OBJECTIVES", dict(registry.OBJECTIVES))
+
+    @register_objective("featured")
+    @dataclass(frozen=True, kw_only=True)
+    class Featured(Objective):
+        @property
+        def needs(self) -> frozenset[str]:
+            return frozenset({"expert_features", "sample_features", "score"})
+
+        @property
+        def takes_replay(self) -> bool:
+            return True
+
+        def loss(self, batch: RewardBatch) -> RewardLoss:
+            assert batch.score is not None
+            # The reward is the score of the features, replayed rows included.
+            torch.testing.assert_close(batch.score(batch.require("expert_features", "me")), batch.expert_rewards)
+            torch.testing.assert_close(batch.score(batch.require("sample_features", "me")), batch.sample_rewards)
+            return RewardLoss(batch.sample_rewards.mean(), {"rows": torch.tensor(float(len(batch.sample_rewards)))})
+
+    reward = replace(small_config.reward, objective="featured", replay=5)
+    trainer = make_trainer(replace(small_config, reward=reward))
+    assert trainer.reward_step(trainer._gather())["rows"] == 12
+    assert trainer.reward_step(trainer._gather())["rows"] == 17
 
 
 def test_ng_russell_stays_on_the_unit_ball(make_trainer: Make, small_config: BiLevelConfig) -> None:
