@@ -182,8 +182,8 @@ class RewardScorer(TextScorer):
 
         Args:
             directory: the reward's folder, a checkpoint's, or a run's (whose newest checkpoint is taken).
-            model: folder or hub name of the language model, or of the backbone's tokenizer; None takes what is saved
-                with the reward.
+            model: folder or hub name of the language model or of the backbone; None takes what is saved with the
+                reward.
             device: where to run.
             form: None takes what the run's own files say, where the reward lies in one.
             batch_size: sequences in one pass.
@@ -194,7 +194,7 @@ class RewardScorer(TextScorer):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         folder = find_reward(Path(directory))
-        reward = load_reward_model(folder).to(device)
+        reward = load_reward_model(folder, backbone=model).to(device)
         if reward.reads == "tokens":
             name, language_model = model or reward.config.model, None
         else:

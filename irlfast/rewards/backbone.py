@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .base import Reads
 from .head import HeadConfig, PooledRewardModel, require_positive_int
+from .reader import ReaderConfig, weights_digest
 
 TUNINGS = ("frozen", "lora", "full")
 
@@ -68,6 +69,9 @@ class BackboneRewardModel(PooledRewardModel):
 
             backbone = AutoModel.from_pretrained(config.model)
         super().__init__(config, backbone.config.get_text_config().hidden_size)
+        # What is not saved has to be the same when it is loaded again.
+        weights = "" if config.tuning == "full" else weights_digest(backbone)
+        self.source = ReaderConfig(model=config.model, token_statistics=False, weights=weights)
         if config.tuning != "full":
             backbone.requires_grad_(False)
         if config.tuning == "lora":

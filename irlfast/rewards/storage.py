@@ -54,12 +54,17 @@ def save_reward_model(model: BaseRewardModel, directory: str | Path) -> None:
             os.close(descriptor)
 
 
-def load_reward_model(directory: str | Path) -> BaseRewardModel:
+def load_reward_model(directory: str | Path, *, backbone: str | None = None) -> BaseRewardModel:
     """Read a model of any kind back, on the CPU, in the dtype it was saved in and in evaluation mode.
+
+    Args:
+        directory: what `save_reward_model` wrote.
+        backbone: folder or hub name of a backbone that is no longer where it was; without meaning for other kinds.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file that is no such file, a newer format, or tensors that do not fit the configuration.
+        ValueError: a file that is no such file, a newer format, tensors that do not fit the configuration, or a
+            backbone with other weights than the one that was trained on.
     """
     safetensors = _safetensors()
     folder = Path(directory)
@@ -70,7 +75,7 @@ def load_reward_model(directory: str | Path) -> BaseRewardModel:
         header = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as cause:
         raise ValueError(f"{folder / CONFIG} is not JSON: {cause}") from cause
-    model = _model(header, folder / CONFIG)
+    model = _model(header, folder / CONFIG, backbone)
     try:
         with safetensors.safe_open(folder / WEIGHTS, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -94,7 +99,7 @@ def load_reward_model(directory: str | Path) -> BaseRewardModel:
     return model.eval()
 
 
-def _model(header: Any, path: Path) -> BaseRewardModel:
+def _model(header: Any, path: Path, backbone: str | None) -> BaseRewardModel:
     """The model that a configuration describes, untrained."""
     if not isinstance(header, dict) or not isinstance(header.get("config"), dict) or "format" not in header:
         raise ValueError(f'{path} must be an object with "format" and "config"; it is no reward model of irlfast')
@@ -104,9 +109,18 @@ def _model(header: Any, path: Path) -> BaseRewardModel:
             f"this irlfast {__version__} reads up to {FORMAT}: upgrade irlfast"
         )
     cls = model_class(header.get("model_type", "mlp"), where=str(path))
-    model = cls(make_config(cls, header["config"], where=str(path)))
-    if header.get("source") is not None:
-        model.source = ReaderConfig(**header["source"])
+    moved = {"model": backbone} if cls.reads == "tokens" and backbone is not None else {}
+    model = cls(make_config(cls, {**header["config"], **moved}, where=str(path)))
+    if header.get("source") is None:
+        return model
+    source = ReaderConfig(**header["source"])
+    if model.source is not None and source.weights and model.source.weights != source.weights:
+        raise ValueError(
+            f"the backbone at {model.source.model} has weights {model.source.weights}, the reward in {path.parent} was "
+            f"trained on {source.model} with weights {source.weights}: give that one"
+        )
+    if model.source is None:
+        model.source = source
     return model
 
 

@@ -61,3 +61,17 @@ def trajectories() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     prompts, ends = torch.tensor([[2], [1], [3], [4], [5]]), torch.tensor([[9], [6], [8], [5], [7]])
     steps = torch.arange(9)
     return hidden, (steps >= prompts) & (steps < ends), steps < ends
+
+
+@pytest.fixture(scope="package")
+def tokenizer() -> Any:
+    """61 words and three special tokens, <pad> apart from </s>."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(61))]
+    vocabulary = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>")
+    made = tokenizers.Tokenizer(vocabulary)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )

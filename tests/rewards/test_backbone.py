@@ -1,5 +1,6 @@
 """A head on a transformers backbone: what is trained, what is saved, what comes back; and its export."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,22 @@ def test_what_is_saved_is_what_was_trained(folder: Path) -> None:
     assert len(backbone_part("full")) == len(list(transformers.AutoModel.from_pretrained(folder).parameters()))
 
 
+def test_a_backbone_that_moved_is_found_and_another_is_refused(
+    make_lm: Any, folder: Path, batch: Any, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "here")
+    reward = make(tmp_path / "here", tuning="lora").eval()
+    reward.save_pretrained(tmp_path / "reward")
+    (tmp_path / "here").rename(tmp_path / "there")
+    back = load_reward_model(tmp_path / "reward", backbone=str(tmp_path / "there"))
+    assert torch.equal(back(*batch), reward(*batch))
+    other = make_lm("llama")
+    torch.nn.init.normal_(other.model.norm.weight)
+    other.save_pretrained(tmp_path / "here")
+    with pytest.raises(ValueError, match=r"the backbone at .*here has weights .*, the reward in .* was trained on"):
+        load_reward_model(tmp_path / "reward")
+
+
 @pytest.mark.parametrize("tuning", ["frozen", "lora"])
 def test_padding_changes_nothing_and_token_rewards_add_up(folder: Path, batch: Any, tuning: str) -> None:
     reward = make(folder, tuning=tuning).eval()
@@ -155,18 +172,6 @@ def test_inputs_for_either_kind_of_reward(make_lm: Any, folder: Path, batch: Any
 
 
 # Export
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    tokenizers = pytest.importorskip("tokenizers")
-    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(61))]
-    vocabulary = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>")
-    made = tokenizers.Tokenizer(vocabulary)
-    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gpt_neox"])
