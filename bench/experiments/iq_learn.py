@@ -3,10 +3,10 @@
     python -m bench.experiments.iq_learn stories --data ../shared/data
     python -m bench.experiments.iq_learn gsm8k --data ../shared/data
     python -m bench.experiments.iq_learn arithmetic
-    python -m bench.experiments.iq_learn report
+    python -m bench.experiments.iq_report
 
 Each run is added to docs/results/iq_learn_TASK.jsonl when it is done, so that an experiment which was stopped goes on
-where it stopped. `report` makes the pictures and prints the tables of docs/results.md. One core is used.
+where it stopped. iq_report makes the tables and pictures. One core is used.
 """
 
 from __future__ import annotations
