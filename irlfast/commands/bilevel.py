@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import tyro
@@ -16,7 +16,7 @@ import tyro
 from irlfast.data import TokenizedDemonstration, token_pieces
 from irlfast.report import plot_curves, print_comparison, write_json
 from irlfast.reporting import write_report
-from irlfast.rollout import SamplingParams, TransformersEngine
+from irlfast.rollout import SamplingParams
 from irlfast.train import BiLevelConfig, BiLevelTrainer, OptimizerConfig, PolicyConfig, RewardConfig
 from irlfast.train.evaluation import evaluate_policy
 from irlfast.train.log import read_log
@@ -76,13 +76,11 @@ class BiLevelCommand:
 
 
 class Prepared(NamedTuple):
-    """A run that can begin: its trainer, its start model, the rows to learn from and to stop by, and the EOS ids."""
+    """A run that can begin: its trainer, and the rows to learn from and to stop by."""
 
     trainer: BiLevelTrainer
-    reference: torch.nn.Module
     training: Sequence[TokenizedDemonstration]
     validation: Sequence[TokenizedDemonstration]
-    eos_token_ids: Sequence[int]
 
 
 def prepare(command: BiLevelCommand) -> Prepared:
@@ -93,7 +91,8 @@ def prepare(command: BiLevelCommand) -> Prepared:
         command.demonstrations, command.data, tokenizer, max_response_tokens=limit, seed=command.train.seed
     )
     torch.manual_seed(derive_seed(command.train.seed, "models", 0))
-    reference = copy.deepcopy(model)
+    # With adapters the policy's own base is the reference, and there is no copy.
+    reference = None if command.train.policy.lora.rank else copy.deepcopy(model)
     trainer = BiLevelTrainer(
         policy=model,
         engine=command.sampler.make(loaded, command.model),
@@ -107,7 +106,7 @@ def prepare(command: BiLevelCommand) -> Prepared:
         decode=lambda ids: token_pieces(ids, tokenizer),
         extra_state=tokenizer.save_pretrained,
     )
-    return Prepared(trainer, reference, training, validation, loaded.eos_token_ids)
+    return Prepared(trainer, training, validation)
 
 
 def run_bilevel(command: BiLevelCommand) -> int:
@@ -115,7 +114,7 @@ def run_bilevel(command: BiLevelCommand) -> int:
     logging.basicConfig(level=logging.WARNING, format="irlfast: %(message)s")
     if not command.resume and (command.out / "metrics.jsonl").exists():
         raise FileExistsError(f"{command.out} holds an earlier run: choose another --out, or --resume that one")
-    trainer, reference, training, validation, eos = prepare(command)
+    trainer, training, validation = prepare(command)
     try:
         command.out.mkdir(parents=True, exist_ok=True)
         write_json(command.out / "config.json", json.loads(json.dumps(asdict(command), default=str)))
@@ -128,10 +127,10 @@ def run_bilevel(command: BiLevelCommand) -> int:
     finally:
         trainer.engine.close()
 
-    results = {row["iteration"]: row for row in read_log(command.out / "metrics.jsonl", "eval")}
-    columns = {"start": results[0], "bi-level IRL": results[command.train.iterations]}
+    results = read_log(command.out / "metrics.jsonl", "eval")
+    columns = {"start": results[0], "bi-level IRL": results[-1]}
     if command.supervised_baseline:
-        columns["supervised"] = _supervised(command, trainer, reference, training, validation, eos)
+        columns["supervised"] = _supervised(command, trainer, training, validation)
     summary = {name: {k: v for k, v in row.items() if k not in ("kind", "iteration")} for name, row in columns.items()}
     write_json(command.out / "summary.json", summary)
     plot_curves(command.out / "metrics.jsonl", command.out / "curves.png")
@@ -144,24 +143,22 @@ def run_bilevel(command: BiLevelCommand) -> int:
 def _supervised(
     command: BiLevelCommand,
     trainer: BiLevelTrainer,
-    reference: torch.nn.Module,
     training: Sequence[TokenizedDemonstration],
     validation: Sequence[TokenizedDemonstration],
-    eos: Sequence[int],
 ) -> dict[str, float]:
-    """Fine-tune a copy of the start on the same rows and evaluate it on the same prompts by the same reward."""
-    tuned: Any = copy.deepcopy(reference).requires_grad_(True)
+    """Fine-tune the start model, loaded again, on the same rows; the same prompts and the same reward judge it."""
+    tuned = load_language_model(command.model, device=command.device, dtype=command.dtype)
     result = train_supervised(
-        tuned, training, command.supervised, pad_token_id=trainer.pad_token_id, heldout=validation
+        tuned.model, training, command.supervised, pad_token_id=trainer.pad_token_id, heldout=validation
     )
     metrics = evaluate_policy(
-        policy=tuned,
-        engine=TransformersEngine(tuned, eos_token_id=eos, pad_token_id=trainer.pad_token_id),
+        policy=tuned.model,
+        engine=tuned.engine(),
         heldout=trainer.heldout,
         sampling=command.train.rollout,
         pad_token_id=trainer.pad_token_id,
         seed=derive_seed(command.train.seed, "evaluation", 0),
         reward=trainer.judge,
-        reference=reference,
+        reference=trainer.reference,
     )
     return {**metrics, "steps": result.steps}

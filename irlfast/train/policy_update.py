@@ -197,8 +197,8 @@ class PolicyUpdate:
                 groups=torch.zeros_like(batch.groups) if self.recipe.drops else None,
             )
             own_tokens = int(batch.response_mask.sum())
-            share = own_tokens / tokens if self.aggregation == "token_mean" else len(chosen) / len(part)
-            (result.loss * share).backward()
+            share, whole = (own_tokens, tokens) if self.aggregation == "token_mean" else (len(chosen), len(part))
+            (result.loss * (share / whole)).backward()
             row = {"loss": float(result.loss.detach()), **{k: float(v) for k, v in result.metrics.items()}}
             if not self._needs_old_pass:  # a first and only step, so these are the log-probs before it
                 row |= gap_metrics(scores.stats.logprob, batch)
@@ -211,7 +211,7 @@ class PolicyUpdate:
                 (loss * (own_tokens / tokens)).backward()
                 row["value_loss"] = float(loss.detach())
             rows.append(row)
-            shares.append(len(chosen))
+            shares.append(share)
         norm, lr = self.optimizer.step()
         metrics = {**mean_rows(rows, shares), "grad_norm": norm, "lr": lr}
         if self.critic_optimizer is not None:

@@ -16,6 +16,7 @@ from irlfast.commands.rows import DataConfig
 from irlfast.rewards import RewardModel
 from irlfast.rollout import SamplingParams
 from irlfast.train import BiLevelConfig, OptimizerConfig, PolicyConfig, RewardConfig, SupervisedConfig
+from irlfast.train.config import EarlyStopConfig, LoraConfig
 from irlfast.train.log import read_log
 
 
@@ -99,6 +100,23 @@ def test_resume_ends_as_an_uninterrupted_run(
             run_bilevel(replace(cut, supervised_baseline=False))
     run_bilevel(replace(cut, supervised_baseline=False, resume=True))
     assert rows_without_time(cut.out / "metrics.jsonl") == rows_without_time(whole.out / "metrics.jsonl")
+
+
+def test_adapters_a_critic_and_an_early_stop(stories: Callable[[Path], BiLevelCommand], tmp_path: Path) -> None:
+    """Everything that is off by default, together: the summary is of where the run stopped."""
+    command = stories(tmp_path / "run")
+    policy = PolicyConfig(kind="ppo", advantage="gae", lora=LoraConfig(rank=2), optimizer=OptimizerConfig(lr=1e-2))
+    stop = EarlyStopConfig(patience=1, band=0.499)
+    run_bilevel(replace(command, train=replace(command.train, policy=policy, early_stop=stop)))
+    out = tmp_path / "run"
+    assert [row["iteration"] for row in read_log(out / "metrics.jsonl", "eval")] == [0, 2]
+    assert [row["iteration"] for row in read_log(out / "metrics.jsonl", "stop")] == [2]
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["bi-level IRL"]["kl"] != 0.0
+    assert summary["start"]["kl"] == pytest.approx(0.0, abs=1e-5)
+    saved = out / "checkpoints" / "step-2"
+    assert (saved / "policy" / "adapter_model.safetensors").stat().st_size < 300_000  # the model has a megabyte
+    assert (saved / "critic" / "model.safetensors").is_file()
 
 
 def test_a_second_run_into_the_same_folder_is_refused(

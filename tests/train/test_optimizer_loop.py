@@ -173,6 +173,18 @@ def test_demonstrations_are_not_the_same_first_16_every_time(tmp_path: Path) -> 
     assert torch.equal(again.draw().hidden_states, drawn[2].hidden_states)
 
 
+def test_hidden_states_are_never_made_up_and_shapes_that_do_not_fit_are_errors(expert_file: Path) -> None:
+    optimizer, data = make(expert_file), rollouts()
+    with pytest.raises(ValueError, match="has no hidden_states and none were given"):
+        integrate_with_rollout(optimizer, {"mask": data["mask"], "rewards": torch.ones(12)})
+    with pytest.raises(ValueError, match=r'policy_rollouts\["hidden_states"\] must be a tensor \[K, S, H\]'):
+        optimizer.update_reward_model(policy_rollouts={"mask": data["mask"], "log_probs": data["log_probs"]})
+    with pytest.raises(ValueError, match=r"mask has shape \[12, 3\]; expected \[12, 4\]"):
+        integrate_with_rollout(optimizer, {**data, "mask": data["mask"][:, :3]})
+    with pytest.raises(ValueError, match="hidden_states have width 5, the reward model was made for 6"):
+        integrate_with_rollout(optimizer, {**data, "hidden_states": data["hidden_states"][..., :5]})
+
+
 def test_variable_length_demonstrations_collate_and_padding_is_not_read(expert_file: Path) -> None:
     loader = load_expert_demonstrations(expert_file, batch_size=20)
     batch = loader.draw()
@@ -320,8 +332,6 @@ def test_what_is_missing_is_named(expert_file: Path, tmp_path: Path) -> None:
         optimizer.update_reward_model(policy_rollouts=without)
     with pytest.raises(ValueError, match=r"need a mask \[K, S\] or lengths \[K\]"):
         optimizer.update_reward_model(policy_rollouts={"hidden_states": data["hidden_states"]})
-    with pytest.raises(ValueError, match="has no hidden_states and none were given"):
-        integrate_with_rollout(optimizer, {"rewards": torch.zeros(3)})
     with pytest.raises(TypeError, match="policy_rollouts is int; expected Rollouts, a dict, or a list of dicts"):
         optimizer.update_reward_model(policy_rollouts=3)
     with pytest.raises(ValueError, match="irl_update_ratio = 0, expected at least 1"):
