@@ -24,22 +24,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from irlfast.data import TokenizedDemonstration, digest
-from irlfast.losses import Objective, group_advantages
-from irlfast.rewards import BaseRewardModel, ReaderConfig, TokenRewards, read
+from irlfast.losses import group_advantages
+from irlfast.rewards import BaseRewardModel, TokenRewards
 from irlfast.rewards.base import evaluating
-from irlfast.rewards.reader import lasting_name, weights_digest
 from irlfast.rollout import RolloutEngine, Sequences
 
 from . import monitors, state
+from .checks import check_dense_rewards, check_ends
 from .config import BiLevelConfig
 from .evaluation import OnJudged, SampleMetrics, evaluate_policy
-from .experience import Experience, Scored
+from .experience import Experience
 from .log import Progress, RunLog, read_log
 from .lora import SharedReference, add_lora, is_lora
 from .metrics import prefixed_means
@@ -48,10 +47,9 @@ from .prefetch import Prefetch, Request
 from .replay import Replay
 from .reward_update import Replayed, RewardUpdate
 from .samples import Decode, Judgement, evaluation_record
+from .scorer import FeatureFunction, Scorer, stack
 from .scoring import response_scores, sequence_sum
 from .seeds import EndlessDraws, derive_seed
-
-FeatureFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 class BiLevelTrainer:
@@ -109,18 +107,16 @@ class BiLevelTrainer:
             raise ValueError(f"{need} needs a reference model: pass reference=, a frozen copy of the initial policy")
         if reference is policy:
             raise ValueError("reference is the policy itself: pass a frozen copy, or the KL is 0 whatever is learned")
-        _check_ends([*demonstrations, *heldout], getattr(engine, "eos_token_ids", None))
+        check_ends([*demonstrations, *heldout], getattr(engine, "eos_token_ids", None))
         self.policy = policy
         self.engine = Prefetch(engine, policy, config.overlap) if config.overlap else engine
         self.reward = reward
-        if reads_states:
-            _set_source(reward, reference, config)
         self.heldout = list(heldout)[: config.eval_prompts]
         self.config = config
         self.pad_token_id = pad_token_id
         self.out = out
         self.reference = reference.requires_grad_(False).eval() if reference is not None else None
-        self._features = features
+        self._score = Scorer(reward, self.reference, features, config)
         self._sample_metrics = sample_metrics
         self._decode = decode
         self._extra_state = extra_state
@@ -134,7 +130,7 @@ class BiLevelTrainer:
         self.reward_update = RewardUpdate(reward, config)
         self.reward_optimizer = self.reward_update.optimizer
         self.objective = self.reward_update.objective
-        _check_dense_rewards(config, self.objective)
+        check_dense_rewards(config, self.objective)
         self.replay = Replay(config.reward.replay, pad_token_id)
         self._resumed = False
 
@@ -143,7 +139,7 @@ class BiLevelTrainer:
         """Standardise the reward's features on demonstrations and samples of their prompts; call it before `train`."""
         gathered = self._gather()
         inputs = [gathered.scored.inputs, self._score(gathered.experts).inputs]
-        self.reward.fit_feature_scale(*map(_stack, *inputs))
+        self.reward.fit_feature_scale(*map(stack, *inputs))
 
     # The loop
 
@@ -300,38 +296,6 @@ class BiLevelTrainer:
         parts = [sequences.select(slice(low, low + size)) for low in range(0, len(sequences), size)]
         return torch.cat([response_scores(self.policy, part).stats.logprob for part in parts])
 
-    @torch.no_grad()
-    def _score(self, sequences: Sequences) -> Scored:
-        """What the reward reads of sequences, and their base log-prob, in micro-batches."""
-        size = self.config.reward.micro_batch_size
-        states, log_base, base_logprobs = [], [], []
-        for low in range(0, len(sequences), size):
-            part = sequences.select(slice(low, low + size))
-            if self._features is not None:
-                states.append(self._features(part.input_ids, part.attention_mask))
-            elif self.reward.source is not None and self.reference is not None:
-                reading = read(
-                    self.reference, part.input_ids, part.attention_mask, part.response_mask, self.reward.source
-                )
-                states.append(reading.hidden_states)
-                log_base.append(sequence_sum(reading.stats.logprob, part))
-                base_logprobs.append(reading.stats.logprob)
-                continue
-            if self.reference is not None:
-                logprob = response_scores(self.reference, part).stats.logprob
-                log_base.append(sequence_sum(logprob, part))
-                base_logprobs.append(logprob)
-        if self.reward.reads == "tokens":
-            inputs = (sequences.input_ids, sequences.attention_mask, sequences.response_mask)
-        else:
-            inputs = (torch.cat(states), sequences.response_mask, sequences.attention_mask)
-        if self.config.regularizer == "kl":
-            base, tokens = torch.cat(log_base), torch.cat(base_logprobs)
-        else:
-            base, tokens = torch.zeros(len(sequences)), torch.zeros(sequences.input_ids.shape)
-        device = sequences.input_ids.device
-        return Scored(inputs=inputs, log_base=base.to(device), base_logprobs=tokens.to(device))
-
     # Evaluation, checkpoints
 
     def rewards(self, sequences: Sequences) -> Tensor:
@@ -406,51 +370,3 @@ class BiLevelTrainer:
         state.load(self, self.out / "checkpoints")
         self._resumed = True
         return self.iteration
-
-
-def _check_dense_rewards(config: BiLevelConfig, objective: Objective) -> None:
-    """ValueError where tokens cannot be given their share of what the policy is trained on."""
-    rewards = torch.tensor([-2.0, 0.0, 3.0])
-    if config.policy.dense_rewards and not torch.equal(objective.policy_reward(rewards), rewards):
-        raise ValueError(
-            f"policy.dense_rewards with objective {config.reward.objective!r} and options {config.reward.options}: "
-            "what the policy is given is made of whole responses' rewards; use an objective whose policy reward is the "
-            "learned one (for gail the option policy_reward_kind = 'logit')"
-        )
-
-
-def _check_ends(rows: Sequence[TokenizedDemonstration], eos_token_ids: Sequence[int] | None) -> None:
-    """ValueError where a demonstration that was not cut lacks the EOS that rollouts end with."""
-    if eos_token_ids is None:  # an engine that does not say
-        return
-    for i, row in enumerate(rows):
-        if not row.truncated and row.response_ids[-1] not in eos_token_ids:
-            raise ValueError(
-                f"demonstration {i} ({row.source or 'no source'}) ends with token {row.response_ids[-1]}, not with EOS "
-                f"{tuple(eos_token_ids)}: a reward would tell it from rollouts by that alone. End it with EOS, or mark "
-                "it truncated where it was cut"
-            )
-
-
-def _set_source(reward: BaseRewardModel, reference: Any, config: BiLevelConfig) -> None:
-    """Let the reward know what it reads, which is saved with it; or check that it knows."""
-    statistics = config.reward.token_statistics
-    if reward.source is None:
-        name = getattr(getattr(reference, "config", None), "name_or_path", "")
-        reward.source = ReaderConfig(
-            model=lasting_name(name), token_statistics=statistics, weights=weights_digest(reference)
-        )
-    elif reward.source.token_statistics != statistics:
-        raise ValueError(
-            f"reward.token_statistics is {statistics}, the reward model was made with {reward.source}: let both agree"
-        )
-
-
-def _stack(first: Tensor, second: Tensor) -> Tensor:
-    """Two batches [B, S, ...] below one another, zeros to the right of the narrower one."""
-    width = max(first.shape[1], second.shape[1])
-    parts = []
-    for part in (first, second):
-        fill = part.new_zeros(part.shape[0], width - part.shape[1], *part.shape[2:])
-        parts.append(torch.cat([part, fill], dim=1))
-    return torch.cat(parts)

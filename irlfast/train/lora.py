@@ -8,6 +8,7 @@ reference needs no second copy of them.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,20 @@ def is_lora(model: nn.Module) -> bool:
 
 
 class SharedReference(nn.Module):
-    """The policy with its adapters off: the start policy, in the same memory. It has no parameters of its own."""
+    """The policy with its adapters off: the start policy, in the same memory.
+
+    It has no parameters of its own; `parameters()` gives those of the base, so that it is told by its weights as any
+    other model is.
+    """
 
     def __init__(self, policy: nn.Module) -> None:
         super().__init__()
         self._policy = (policy,)  # in a tuple: its parameters are the policy's, not this module's
         self.config = policy.config
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The base's parameters, in the base's order."""
+        return (p for name, p in self._policy[0].named_parameters(recurse=recurse) if "lora_" not in name)
 
     def forward(self, **inputs: Any) -> Any:
         """Called as the policy is; no gradient reaches anything."""

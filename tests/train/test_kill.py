@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from irlfast.demo.toy import make_toy_trainer, toy_config
+from irlfast.eval.toy import ToyFeatures
 from irlfast.rewards import RewardModel, RewardModelConfig
 from irlfast.rollout import SamplingParams
 from irlfast.train import BiLevelTrainer, OptimizerConfig, PolicyConfig, checkpoint
@@ -52,7 +53,7 @@ def make(out):
     reward = RewardModel(RewardModelConfig(hidden_size=5, hidden_sizes=(8,), dropout=0.2))
     return BiLevelTrainer(
         policy=toy.policy, engine=toy.engine, reward=reward, demonstrations=toy.draws._items, heldout=toy.heldout,
-        config=config, pad_token_id=toy.pad_token_id, out=out, features=toy._features,
+        config=config, pad_token_id=toy.pad_token_id, out=out, features=ToyFeatures(),
     )
 
 def run(how, out):

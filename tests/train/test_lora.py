@@ -12,6 +12,7 @@ from torch import nn
 
 from irlfast.data import TokenizedDemonstration
 from irlfast.rewards import RewardModel, RewardModelConfig
+from irlfast.rewards.reader import weights_digest
 from irlfast.rollout import SamplingParams, Sequences, TransformersEngine
 from irlfast.train import BiLevelConfig, BiLevelTrainer, OptimizerConfig, PolicyConfig, checkpoint
 from irlfast.train.config import CriticConfig, LoraConfig
@@ -96,14 +97,16 @@ def test_the_adapted_policy_starts_as_the_model_and_its_reference_stays_that_bit
 
 def test_memory_holds_one_base(make_lm: LM, config: BiLevelConfig) -> None:
     base = make_lm("llama")
-    size = storage([base])
+    size, told_by = storage([base]), weights_digest(base)
     trainer = make(base, config)
     assert isinstance(trainer.reference, SharedReference)
-    assert list(trainer.reference.parameters()) == []
+    assert list(trainer.reference.state_dict()) == []
     adapters = sum(p.numel() for name, p in trainer.policy.named_parameters() if "lora_" in name)
     engine: Any = trainer.engine
     assert storage([trainer.policy, trainer.reference, engine.model]) == size + adapters
     assert 0 < adapters < size / 2
+    assert trainer.reward.source is not None
+    assert trainer.reward.source.weights == told_by  # scoring later asks for the base by these
     trainable = {name for name, p in trainer.policy.named_parameters() if p.requires_grad}
     assert trainable
     assert all("lora_" in name for name in trainable)
