@@ -84,6 +84,15 @@ LAYOUTS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
 }
 
 
+def test_autocast_casts_the_operands(device: str) -> None:
+    hidden, weight, labels = random_problem(3, 8, 70, torch.float32, device)
+    with torch.autocast(device, torch.bfloat16):
+        stats = ours(hidden, weight, labels)
+    for mine, right in zip(stats, ours(hidden.bfloat16(), weight.bfloat16(), labels), strict=True):
+        assert mine.dtype == torch.float32
+        assert torch.equal(mine, right)
+
+
 def check_strides(layout: str, device: str) -> None:
     hidden, weight, labels = random_problem(5, 20, 700, torch.float32, device)
     check(*LAYOUTS[layout](hidden, weight), labels)

@@ -172,3 +172,24 @@ def test_more_sequences_than_a_grid_has_rows() -> None:
     (gradient,) = torch.autograd.grad(loss, logprobs)
     torch.testing.assert_close(gradient, torch.full_like(gradient, -1 / 210_000))
     assert torch.equal(sequence_logprobs(logprobs), torch.full((70_000,), 3.0, device="cuda"))
+
+
+def test_more_sequences_than_a_grid_s_second_dimension_holds() -> None:
+    """65,535; groups of importance_weights too."""
+    count, width = 70_001, 4
+    torch.manual_seed(0)
+    logprobs, old, rewards = torch.randn(3, count, width, device="cuda").unbind()
+    advantages, mask = torch.randn(count, device="cuda"), torch.rand(count, width, device="cuda") > 0.2
+    groups = torch.arange(count, device="cuda")[:, None].expand(count, width).reshape(-1)
+
+    def run(impl: str) -> tuple[Tensor, ...]:
+        leaf = logprobs.detach().requires_grad_()
+        terms = policy_terms(leaf, advantages, mask, term="ppo", old_logprobs=old, impl=impl)
+        sums = sequence_logprobs(leaf, mask, impl=impl)
+        (gradient,) = torch.autograd.grad(terms.loss * count + sums.sum(), leaf)
+        estimates = gae(rewards, old, mask, impl=impl)
+        weights = importance_weights(logprobs.reshape(-1), old.reshape(-1), groups=groups, impl=impl)
+        return *terms, sums, gradient, *estimates, *weights
+
+    for mine, right in zip(run("triton"), run("reference"), strict=True):
+        torch.testing.assert_close(mine, right.to(mine.dtype), rtol=1e-4, atol=1e-4)
