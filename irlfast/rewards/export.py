@@ -24,7 +24,9 @@ from .base import BaseRewardModel
 from .head import PooledRewardModel
 from .pooling import pooling_kinds
 
-_INSTEAD = "Use it as a function instead: irlfast.scorer.RewardScorer (docs/rewards.md has one for TRL)"
+_INSTEAD = (
+    "use it as a function instead: irlfast.scorer.RewardScorer in Python, or served over HTTP by `irlfast serve-reward`"
+)
 
 
 class ExportError(ValueError):
