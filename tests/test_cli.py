@@ -19,7 +19,7 @@ def help_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_help_lists_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of(capsys)
-    for name in ("demo", "bilevel", "doctor"):
+    for name in ("demo", "bilevel", "score", "report", "doctor"):
         assert name in text
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,29 @@ def test_what_stands_on_padding_and_how_much_of_it_changes_nothing(
         assert gradient.isfinite().all()
         assert gradient[~masks[1]].abs().max() == 0.0
         assert (gradient[masks[0]].abs().sum() > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "broken"),
+    [
+        ("mlp last", "irlfast.rewards.head.pool", lambda states, mask, kind: states[:, -1].float()),
+        ("linear mean", "irlfast.rewards.head.pool", lambda states, mask, kind: states.mean(1)),
+        (
+            "trajectory",
+            "irlfast.rewards.trajectory.TrajectoryRewardModel._read",
+            lambda self, mask, context: torch.ones_like(mask),
+        ),
+        ("trajectory", "irlfast.rewards.trajectory.pool", lambda states, mask, kind: states.mean(1)),
+    ],
+)
+def test_reading_padding_would_be_noticed(
+    make_reward: Make, trajectories: Trajectories, monkeypatch: pytest.MonkeyPatch, kind: str, target: str, broken: Any
+) -> None:
+    """The test above fails for a model that reads the last column, averages over all, or attends to padding."""
+    reward = make_reward(kind)
+    monkeypatch.setattr(target, broken)
+    wider = [torch.nn.functional.pad(part, (*[0, 0] * (part.dim() - 2), 3, 5)) for part in trajectories]
+    assert float((reward(*wider) - reward(*trajectories)).abs().max().detach()) > 1e-3
 
 
 @every_kind
