@@ -276,6 +276,12 @@ def describe(
     return facts
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """The local tensor of a DTensor, such as labels that are replicated."""
+    local: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return local
+
+
 def take_shards(
     op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, group: Any
 ) -> tuple[Tensor, Tensor, Tensor | None, Any]:
@@ -302,8 +308,7 @@ def take_shards(
     ranks, of_weight = (dist.get_process_group_ranks(g) for g in (group, shard_group(weight)))
     if ranks != of_weight:
         raise ValueError(f"{op}: weight is sharded over ranks {of_weight}, the group has {ranks}")
-    local = [tensor.to_local() if is_sharded(tensor) else tensor for tensor in (weight, bias)]  # type: ignore[union-attr]
-    return hidden, local[0], local[1], group  # type: ignore[return-value]
+    return hidden, plain(weight), None if bias is None else plain(bias), group
 
 
 class _Gathered(torch.autograd.Function):

@@ -49,7 +49,7 @@ from irlfast.ops._linear_plan import whole_pieces
 from irlfast.ops._scaling import check_scaling
 from irlfast.ops._token_stats_cpu import check_row_temperature
 from irlfast.ops._triton import triton_unavailable
-from irlfast.ops._vocabulary import Slice, agree, check_rows, describe, gathered, take_shards
+from irlfast.ops._vocabulary import Slice, agree, check_rows, describe, gathered, plain, take_shards
 from irlfast.ops.gather_head import is_sharded
 from irlfast.ops.token_kl import token_kl_reference
 from irlfast.ops.token_stats import token_stats_reference
@@ -415,6 +415,7 @@ def linear_policy_ref_stats(
     if group is not None or any(map(is_sharded, (hidden, weight, ref_hidden, ref_weight))):
         ref_group = group
         hidden, weight, bias, group = take_shards(op, hidden, weight, bias, group)
+        labels = plain(labels)
         ref_hidden, ref_weight, ref_bias, _ = take_shards(op, ref_hidden, ref_weight, ref_bias, ref_group or group)
 
     def check() -> None:

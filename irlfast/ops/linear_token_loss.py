@@ -27,6 +27,7 @@ from irlfast.ops._linear_triton import TritonEpilogue
 from irlfast.ops._scaling import check_scaling
 from irlfast.ops._token_stats_cpu import check_row_temperature
 from irlfast.ops._triton import triton_unavailable
+from irlfast.ops.gather_head import gather_head, is_sharded
 from irlfast.ops.linear_token_stats import linear_token_stats_reference
 from irlfast.ops.token_stats import TokenStats
 
@@ -257,7 +258,8 @@ def linear_token_loss(
         memory_budget: bytes of logits, 4 (float64: 8) for each row and token, that a block of rows may have. A budget
             for all rows at once saves adding up the weight's gradient. A block has at least one row.
 
-    hidden, weight, labels, bias, temperature, softcap, ignore_index, impl and chunk are as in `linear_token_stats`.
+    hidden, weight, labels, bias, temperature, softcap, ignore_index, impl and chunk are as in `linear_token_stats`; a
+    weight that is a DTensor is gathered, as `gather_head` does.
 
     On a GPU the host waits for the number of labelled rows, and in each block for that of the rows with a gradient.
 
@@ -270,6 +272,9 @@ def linear_token_loss(
         RuntimeError: an `impl` that is not available; a second backward, or a second derivative.
     """
     op = "linear_token_loss"
+    if is_sharded(weight):
+        weight = gather_head(weight, dtype=hidden.dtype)
+        bias = None if bias is None else gather_head(bias, dtype=hidden.dtype)
     hidden, weight, bias = autocast(hidden, weight, bias)
     check_linear(op, hidden, weight, labels, bias, memory_budget, chunk)
     check_scaling(op, temperature, softcap, labels.shape)

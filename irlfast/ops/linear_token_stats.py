@@ -51,7 +51,7 @@ from irlfast.ops._linear_triton import TritonEpilogue, backward_triton, forward_
 from irlfast.ops._scaling import check_scaling
 from irlfast.ops._token_stats_cpu import check_row_temperature
 from irlfast.ops._triton import triton_unavailable
-from irlfast.ops._vocabulary import Slice, agree, check_rows, describe, gathered, take_shards
+from irlfast.ops._vocabulary import Slice, agree, check_rows, describe, gathered, plain, take_shards
 from irlfast.ops.gather_head import is_sharded
 from irlfast.ops.token_stats import TokenStats, token_stats_reference
 
@@ -429,6 +429,7 @@ def linear_token_stats(
     hidden, weight, bias = autocast(hidden, weight, bias)
     if group is not None or is_sharded(weight) or is_sharded(hidden):
         hidden, weight, bias, group = take_shards(op, hidden, weight, bias, group)
+        labels = plain(labels)
 
     def check() -> None:
         check_linear(op, hidden, weight, labels, bias, memory_budget, chunk)

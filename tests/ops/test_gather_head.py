@@ -53,6 +53,7 @@ def test_gathered_once_for_two_calls_in_two_steps(ranks: Found) -> None:
         # 1251 columns a rank, of which a buffer has 1000.
         assert rank["dtensors"]["twice"] == {"gathered": 2, "reduced": 0, "others": 0}
         torch.testing.assert_close(rank["dtensors"]["twice gradient"], expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(rank["dtensors"]["loss gradient"], expected / 2, rtol=1e-10, atol=1e-10)
 
 
 def test_ranks_without_rows_and_another_type(ranks: Found) -> None:

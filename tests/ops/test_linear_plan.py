@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from irlfast import _native
-from irlfast.ops import _linear_plan, _product
+from irlfast.ops import _linear_plan, _product, linear_token_loss, linear_token_stats
 from irlfast.ops._linear import Rows, Upstream
 from irlfast.ops._linear_cpu import CpuEpilogue
 from irlfast.ops._linear_modes import backward_chunked, forward_chunked
@@ -179,6 +179,52 @@ def test_products_of_each_mode(mode: str, trained: bool) -> None:
             CpuEpilogue(), hidden, weight, None, labels, *options, state, saved, upstream, None, None, needs
         )
     assert backward.flop * 4 == after * product
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_products_of_one_pass(trained: bool) -> None:
+    """Three, two for a frozen head, all of them with the loss."""
+    hidden, weight, labels = batch(40, 16, 5003, torch.float32, 0)
+    hidden.requires_grad_()
+    weight.requires_grad_(trained)
+    with Allocations([]) as forward:
+        loss = linear_token_loss(hidden, weight, labels, lambda stats, rows: stats.logprob.sum())
+    with Allocations([]) as backward:
+        loss.backward()
+    assert forward.flop == (2 + trained) * 2 * 40 * 16 * 5003
+    assert backward.flop == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_blocks_of_a_gpu_on_the_cpu(mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loops with the plan of a GPU, in three blocks of rows and three chunks: what they give in one block."""
+    hidden, weight, labels = batch(300, 16, 5003, dtype, 40)
+    upstream = torch.randn(3, 300)
+
+    def run() -> list[Tensor]:
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(mode != "frozen")]
+        stats = linear_token_stats(*leaves, labels, mode=mode, temperature=torch.linspace(0.5, 1.5, 300))  # type: ignore[arg-type]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        return [*(s.detach() for s in stats), *torch.autograd.grad(stats, wanted, list(upstream))]
+
+    expected = run()
+    of = Sizes.of
+    monkeypatch.setattr(Sizes, "of", lambda *given: replace(of(*given), gpu=True))
+    monkeypatch.setattr(_linear_plan, "_least_time", lambda *given: (TILE, PIECE))
+    assert plan_forward(Sizes.of(hidden, 5003, 260), mode).blocks(260)[-1] == slice(256, 260)
+    close = 1e-5 if dtype == torch.float32 else 2e-2
+    for place, (value, truth) in enumerate(zip(run(), expected, strict=True)):
+        if place < 3 and dtype == torch.bfloat16 and NATIVE:
+            assert torch.equal(value, truth)
+        torch.testing.assert_close(value, truth, rtol=close, atol=close)
+
+
+def test_an_allocation_that_is_not_planned_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    new = Plan.new
+    monkeypatch.setattr(Plan, "new", lambda plan, name, like: (like.new_empty(50_000), new(plan, name, like))[1])
+    with pytest.raises(AssertionError):
+        test_a_run_on_the_cpu_allocates_the_plan("recompute", torch.float32, False, 0, monkeypatch)
 
 
 def products_of_pair(epilogue: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> list[int]:

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from vocabulary_cases import CASES, DEPTH, VOCAB, Case, batch
 
-from irlfast.ops import gather_head, linear_policy_ref_stats, linear_token_stats, token_stats
+from irlfast.ops import gather_head, linear_policy_ref_stats, linear_token_loss, linear_token_stats, token_stats
 
 TIMEOUT = datetime.timedelta(seconds=60)
 
@@ -129,11 +129,13 @@ def dtensors(rank: int, world: int) -> dict[str, Any]:
         weight = distribute_tensor(given.weight, mesh, [Shard(0)]).requires_grad_()
         bias = distribute_tensor(given.bias, mesh, [Shard(0)]).requires_grad_()
         hidden: Tensor = given.hidden.clone()
+        labels: Tensor = given.labels
         if name == "replicated":
             hidden = DTensor.from_local(hidden, mesh, [Replicate()])
+            labels = DTensor.from_local(labels, mesh, [Replicate()])
         hidden.requires_grad_()
         group = mesh.get_group() if name == "group" else None
-        stats = linear_token_stats(hidden, weight, given.labels, bias=bias, group=group)
+        stats = linear_token_stats(hidden, weight, labels, bias=bias, group=group)
         (stats.logprob * given.upstream[0]).sum().backward()
         whole = hidden.grad.full_tensor() if isinstance(hidden.grad, DTensor) else hidden.grad
         results[name] = [stats.logprob.detach(), whole, weight.grad.full_tensor(), bias.grad.full_tensor()]
@@ -151,6 +153,9 @@ def dtensors(rank: int, world: int) -> dict[str, Any]:
         bias.grad.full_tensor(),
     ]
     results["placement"] = str(weight.grad.placements)
+    weight = distribute_tensor(given.weight, mesh, [Shard(0)]).requires_grad_()
+    linear_token_loss(hidden, weight, given.labels[mine], lambda stats, rows: stats.logprob.sum()).backward()
+    results["loss gradient"] = weight.grad.full_tensor()
     # Once for two calls, in several steps.
     module = sys.modules["irlfast.ops.gather_head"]
     module.BUFFER_BYTES = 1000 * DEPTH * 8 * world
