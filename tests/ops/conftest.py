@@ -14,7 +14,7 @@ import torch
 sys.path.append(str(Path(__file__).parent))
 
 WORLD = 4
-SECONDS = 240.0  # for all of it, on a busy machine
+SECONDS = 600.0  # for all of it, on a busy machine
 
 
 @pytest.fixture(scope="session")

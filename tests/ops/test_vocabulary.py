@@ -192,7 +192,7 @@ def _running(
     return maximum, e.sum(1), torch.where(e > 0, e * x, 0.0).sum(1), label
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     cuts=st.lists(st.integers(1, VOCAB - 1), max_size=5, unique=True),
     shift=st.floats(-200, 200),
@@ -279,7 +279,7 @@ def test_the_page_s_example(tmp_path: Path) -> None:
     (tmp_path / "split.py").write_text(page.split("```python\n")[1].split("```")[0])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "split.py"]
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
     said = sorted(done.stdout.splitlines())

@@ -18,7 +18,7 @@ from vocabulary_cases import CASES, DEPTH, VOCAB, Case, batch
 
 from irlfast.ops import gather_head, linear_policy_ref_stats, linear_token_loss, linear_token_stats, token_stats
 
-TIMEOUT = datetime.timedelta(seconds=60)
+TIMEOUT = datetime.timedelta(seconds=240)
 
 
 def options_of(case: Case, given: Any) -> dict[str, Any]:
