@@ -35,10 +35,23 @@ def run(example: str, names: dict[str, Any], page: str = "README.md") -> None:
     exec(compile(example, page, "exec"), names)
 
 
-def commands(program: str) -> list[list[str]]:
+def commands(program: str, text: str = README) -> list[list[str]]:
     """Arguments of each call of a program in the shell blocks."""
-    parts = [part for block in blocks("bash") for line in block.splitlines() for part in line.split(" && ")]
-    return [words[1:] for words in map(shlex.split, parts) if words[0] == program]
+    lines = [line for block in blocks("bash", text) for line in block.replace("\\\n", " ").splitlines()]
+    parts = [part for line in lines for part in line.split(" && ")]
+    return [
+        words[1:]
+        for words in (shlex.split(part, comments=True) for part in parts)
+        if words and words[0] in (program, Path(program).name)
+    ]
+
+
+def _shows_commands(path: Path) -> bool:
+    found = re.findall(r"^```bash\n(.*?)^```$", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return any(re.search(r"^(\.venv/bin/)?irlfast ", block, flags=re.MULTILINE) for block in found)
+
+
+PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md") if _shows_commands(path))
 
 
 def test_the_training_loop_runs_and_trains() -> None:
@@ -190,12 +203,15 @@ def test_demonstrations_have_the_forms_it_shows(tmp_path: Path) -> None:
     assert rows[2].is_text
 
 
-def test_its_commands_are_understood_by_the_command_line() -> None:
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}" for name in PAGES)])
+def test_the_commands_of_a_page_are_understood_by_the_command_line(page: str) -> None:
     tyro = pytest.importorskip("tyro")
     from irlfast.commands import SUBCOMMANDS
 
-    shown = commands(".venv/bin/irlfast")
-    assert {arguments[0] for arguments in shown} == {"demo", "bilevel"}
+    shown = commands(".venv/bin/irlfast", (ROOT / page).read_text(encoding="utf-8"))
+    assert shown
+    if page == "README.md":
+        assert {arguments[0] for arguments in shown} >= {"demo", "bilevel"}
     for arguments in shown:
         with contextlib.redirect_stderr(io.StringIO()) as problem:
             try:
