@@ -74,8 +74,9 @@ def passes(case: Case) -> Iterator[Pass]:
         bars={
             f"{OURS}, {mode}": [
                 Bar(kind="overrun", against=modes[mode], limit=1.12),
-                Bar(kind="speedup", against="eager", limit=1.0),
-                *([MEMORY_BAR] if mode == "recompute" and case.dtype == "float32" else []),
+                # Without the logits in memory they are made twice: that is paid for in time.
+                *([Bar(kind="speedup", against="eager", limit=1.0)] if mode == "keep" else []),
+                *([MEMORY_BAR] if case.dtype == "float32" else []),
             ]
             for mode in ("keep", "recompute")
         },

@@ -80,7 +80,7 @@ def parameters(model: nn.Module) -> Tensor:
 @pytest.mark.parametrize("options", [{}, {"use_kl": True, "online_rate": 0.4}], ids=["offline", "online, KL"])
 def test_any_split_of_a_batch_gives_the_same_parameters(make_lm: MakeLM, options: dict[str, Any]) -> None:
     ends = []
-    for micro in (1, 2, 3, 4, 6, 12):
+    for micro in (1, 4, 6, 12):
         model = make_lm("llama").train()
         config = replace(
             CONFIG, local_micro_batch_size=micro, gradient_accumulation_steps=12 // micro, lr=1e-4, **options
@@ -358,7 +358,7 @@ def log_rows(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.usefixtures("no_flushing")
-@pytest.mark.parametrize("killed_before", [0, 3, 5, 9])
+@pytest.mark.parametrize("killed_before", [3, 9])
 def test_interrupted_and_resumed_equals_uninterrupted(make_lm: MakeLM, tmp_path: Path, killed_before: int) -> None:
     """GPT-2 has dropout, so torch's generator counts too; checkpoints lie at 0, 4, 8 and 10."""
     config = replace(CONFIG, scheduler="cosine", warm_up_steps=3, weight_decay=0.1, online_rate=0.2)
