@@ -74,7 +74,7 @@ def final_number(text: str) -> Decimal | None:
     return Decimal(number.replace(",", "")).normalize()
 
 
-def exact_match(answer: str, reference: str) -> float:
+def exact_match(reference: str, answer: str) -> float:
     """1.0 where both texts end with the same number, else 0.0; a reference without one is a DataError."""
     wanted = final_number(reference)
     if wanted is None:

@@ -74,11 +74,11 @@ def test_final_number(text: str, number: str | None) -> None:
 
 
 def test_exact_match_is_of_numbers() -> None:
-    assert exact_match("so 1,000.0", "#### 1000") == 1.0
-    assert exact_match("#### 1001", "#### 1000") == 0.0
-    assert exact_match("I do not know", "#### 1000") == 0.0
+    assert exact_match("#### 1000", "so 1,000.0") == 1.0
+    assert exact_match("#### 1000", "#### 1001") == 0.0
+    assert exact_match("#### 1000", "I do not know") == 0.0
     with pytest.raises(DataError, match="no final number"):
-        exact_match("1", "none")
+        exact_match("none", "1")
 
 
 def test_the_real_files_are_read(shared_data: Path) -> None:
@@ -89,7 +89,7 @@ def test_the_real_files_are_read(shared_data: Path) -> None:
     with gzip.open(folder / "model_solutions.jsonl.gz", "rt", encoding="utf-8") as lines:
         solutions = [json.loads(line) for line in lines]
     graded = [
-        (exact_match(row[model]["solution"], answer["response"]), row[model]["is_correct"])
+        (exact_match(answer["response"], row[model]["solution"]), row[model]["is_correct"])
         for row, answer in zip(solutions, test, strict=True)
         for model in ("6b_finetuning", "175b_verification")
     ]

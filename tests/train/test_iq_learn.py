@@ -306,18 +306,20 @@ def test_answers_are_sampled_at_each_temperature_and_scored(make_lm: MakeLM) -> 
     pytest.importorskip("sacrebleu")
     pytest.importorskip("rouge_score")
     config = replace(CONFIG, eval_num_samples=6, eval_samples_per_prompt=3, eval_temperatures=(0.0, 1.5))
+    references = {" ".join(f"w{i}" for i in row.response_ids) for row in rows(10, seed=1)}
     trainer = trainer_on(
         make_lm("llama"),
         config,
         heldout=rows(10, seed=1),
         decode=lambda ids: " ".join(f"w{i}" for i in ids),
-        task_metric=lambda reference, answer: float(len(answer)),
+        task_metric=lambda reference, answer: len(answer) + 1000.0 * (reference in references),
     )
     found = trainer.evaluate()
     names = "length stopped return distinct_1 distinct_2 self_bleu rouge_l spearman_rouge_l chrf task spearman_task"
     assert {f"{name}@{t}" for name in names.split() for t in ("0", "1.5")} <= found.keys()
     assert found["self_bleu@0"] == pytest.approx(1.0)  # greedy answers to one prompt are the same
     assert found["self_bleu@1.5"] < 0.5
+    assert found["task@0"] > 1000  # it is given the demonstration first, the answer second
     assert trainer.evaluate() == found  # the same seed each time, so that steps can be compared
 
 
