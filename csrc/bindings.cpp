@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "irlfast/bf16_product.h"
+#include "irlfast/cuda.h"
 #include "irlfast/dtype.h"
 #include "irlfast/gae.h"
 #include "irlfast/importance.h"
@@ -62,6 +63,7 @@ py::dict build_info() {
   info["isa"] = irlfast::isa_name(irlfast::best_isa());
   info["bf16_product"] = irlfast::bf16_product_available();
   info["cuda_built"] = bool(IRLFAST_CUDA_BUILT);
+  info["cuda_emulated"] = irlfast::cuda::emulated();
   info["cuda_compiler"] = IRLFAST_CUDA_COMPILER;
   info["cuda_architectures"] = split(IRLFAST_CUDA_ARCHITECTURES);
   info["sanitizers"] = split(IRLFAST_SANITIZERS);
@@ -124,6 +126,30 @@ irlfast::TokenStatsInput parse_input(uintptr_t logits, int dtype, const Layout& 
   return input;
 }
 
+irlfast::TokenStatsOutput parse_output(const irlfast::TokenStatsInput& input, uintptr_t logprob, uintptr_t entropy,
+                                       uintptr_t lse, uintptr_t state) {
+  irlfast::TokenStatsOutput output;
+  if (input.labels_per_row > 0) output.logprob = pointer<void>(logprob, "logprob");
+  output.entropy = reinterpret_cast<void*>(entropy);
+  output.lse = reinterpret_cast<void*>(lse);
+  output.state = reinterpret_cast<void*>(state);
+  return output;
+}
+
+irlfast::TokenStatsUpstream parse_upstream(uintptr_t logprob, uintptr_t entropy, uintptr_t lse) {
+  return {reinterpret_cast<const void*>(logprob), reinterpret_cast<const void*>(entropy),
+          reinterpret_cast<const void*>(lse)};
+}
+
+irlfast::RowLayout parse_gradient_layout(const Layout& layout, int64_t rows) {
+  const irlfast::RowLayout parsed = parse_layout(layout, "gradient_layout");
+  if (parsed.rows() != rows) {
+    throw std::invalid_argument("a gradient has " + std::to_string(parsed.rows()) + " rows, the logits " +
+                                std::to_string(rows));
+  }
+  return parsed;
+}
+
 void token_stats_forward(uintptr_t logits, int dtype, const Layout& layout, int64_t vocab, uintptr_t labels,
                          int64_t labels_per_row, int64_t ignore_index, double temperature, uintptr_t row_temperature,
                          double softcap, uintptr_t logprob, uintptr_t entropy, uintptr_t lse, uintptr_t state,
@@ -132,11 +158,7 @@ void token_stats_forward(uintptr_t logits, int dtype, const Layout& layout, int6
                                                      temperature, row_temperature, softcap);
   const irlfast::Isa selected = parse_isa(isa);
   if (input.layout.rows() == 0) return;
-  irlfast::TokenStatsOutput output;
-  if (labels_per_row > 0) output.logprob = pointer<void>(logprob, "logprob");
-  output.entropy = reinterpret_cast<void*>(entropy);
-  output.lse = reinterpret_cast<void*>(lse);
-  output.state = reinterpret_cast<void*>(state);
+  const irlfast::TokenStatsOutput output = parse_output(input, logprob, entropy, lse, state);
   py::gil_scoped_release release;
   irlfast::token_stats_forward(input, output, threads, selected);
 }
@@ -148,21 +170,50 @@ void token_stats_backward(uintptr_t logits, int dtype, const Layout& layout, int
                           const std::string& isa) {
   const irlfast::TokenStatsInput input = parse_input(logits, dtype, layout, vocab, labels, labels_per_row, ignore_index,
                                                      temperature, row_temperature, softcap);
-  const irlfast::RowLayout gradient_rows = parse_layout(gradient_layout, "gradient_layout");
-  if (gradient_rows.rows() != input.layout.rows()) {
-    throw std::invalid_argument("the gradient has " + std::to_string(gradient_rows.rows()) + " rows, the logits " +
-                                std::to_string(input.layout.rows()));
-  }
+  const irlfast::RowLayout gradient_rows = parse_gradient_layout(gradient_layout, input.layout.rows());
   const irlfast::Isa selected = parse_isa(isa);
   if (input.layout.rows() == 0) return;
   const void* saved = pointer<const void>(state, "state");
   void* result = pointer<void>(gradient, "gradient");
-  irlfast::TokenStatsUpstream upstream;
-  upstream.logprob = reinterpret_cast<const void*>(grad_logprob);
-  upstream.entropy = reinterpret_cast<const void*>(grad_entropy);
-  upstream.lse = reinterpret_cast<const void*>(grad_lse);
+  const irlfast::TokenStatsUpstream upstream = parse_upstream(grad_logprob, grad_entropy, grad_lse);
   py::gil_scoped_release release;
   irlfast::token_stats_backward(input, saved, upstream, {result, input.dtype, gradient_rows}, threads, selected);
+}
+
+// A CUDA device and one of its streams.
+irlfast::cuda::Queue parse_queue(int device, uintptr_t stream) {
+  if (device < 0) throw std::invalid_argument("device = " + std::to_string(device) + " is negative");
+  return {device, stream};
+}
+
+void cuda_token_stats_forward(uintptr_t logits, int dtype, const Layout& layout, int64_t vocab, uintptr_t labels,
+                              int64_t labels_per_row, int64_t ignore_index, double temperature,
+                              uintptr_t row_temperature, double softcap, uintptr_t logprob, uintptr_t entropy,
+                              uintptr_t lse, uintptr_t state, int device, uintptr_t stream) {
+  const irlfast::TokenStatsInput input = parse_input(logits, dtype, layout, vocab, labels, labels_per_row, ignore_index,
+                                                     temperature, row_temperature, softcap);
+  const irlfast::cuda::Queue queue = parse_queue(device, stream);
+  if (input.layout.rows() == 0) return;
+  const irlfast::TokenStatsOutput output = parse_output(input, logprob, entropy, lse, state);
+  py::gil_scoped_release release;
+  irlfast::cuda::token_stats_forward(input, output, queue);
+}
+
+void cuda_token_stats_backward(uintptr_t logits, int dtype, const Layout& layout, int64_t vocab, uintptr_t labels,
+                               int64_t labels_per_row, int64_t ignore_index, double temperature,
+                               uintptr_t row_temperature, double softcap, uintptr_t state, uintptr_t grad_logprob,
+                               uintptr_t grad_entropy, uintptr_t grad_lse, uintptr_t gradient,
+                               const Layout& gradient_layout, int device, uintptr_t stream) {
+  const irlfast::TokenStatsInput input = parse_input(logits, dtype, layout, vocab, labels, labels_per_row, ignore_index,
+                                                     temperature, row_temperature, softcap);
+  const irlfast::cuda::Queue queue = parse_queue(device, stream);
+  const irlfast::RowLayout gradient_rows = parse_gradient_layout(gradient_layout, input.layout.rows());
+  if (input.layout.rows() == 0) return;
+  const void* saved = pointer<const void>(state, "state");
+  void* result = pointer<void>(gradient, "gradient");
+  const irlfast::TokenStatsUpstream upstream = parse_upstream(grad_logprob, grad_entropy, grad_lse);
+  py::gil_scoped_release release;
+  irlfast::cuda::token_stats_backward(input, saved, upstream, {result, input.dtype, gradient_rows}, queue);
 }
 
 // The logits of some columns: `rows` rows, `stride` elements apart, one label each.
@@ -237,10 +288,7 @@ void linear_token_stats_differentiate(uintptr_t logits, int dtype, int64_t strid
   const irlfast::TokenStatsGradient written =
       parse_chunk_gradient(input, gradient, gradient_dtype, gradient_stride, rows);
   const void* saved = pointer<const void>(state, "state");
-  irlfast::TokenStatsUpstream upstream;
-  upstream.logprob = reinterpret_cast<const void*>(grad_logprob);
-  upstream.entropy = reinterpret_cast<const void*>(grad_entropy);
-  upstream.lse = reinterpret_cast<const void*>(grad_lse);
+  const irlfast::TokenStatsUpstream upstream = parse_upstream(grad_logprob, grad_entropy, grad_lse);
   py::gil_scoped_release release;
   irlfast::token_stats_backward(input, saved, upstream, written, threads, selected);
 }
@@ -318,6 +366,12 @@ irlfast::TokenKlInput parse_kl_input(uintptr_t logits, uintptr_t ref_logits, int
   return input;
 }
 
+// Address 0 where it is not wanted.
+irlfast::TokenKlGradient parse_kl_gradient(const irlfast::TokenKlInput& input, uintptr_t data, const Layout& layout) {
+  if (data == 0) return {};
+  return {reinterpret_cast<void*>(data), parse_gradient_layout(layout, input.layout.rows())};
+}
+
 void token_kl_forward(uintptr_t logits, uintptr_t ref_logits, int dtype, const Layout& layout, const Layout& ref_layout,
                       int64_t vocab, int kind, double weight, double temperature, uintptr_t row_temperature,
                       double softcap, uintptr_t kl, uintptr_t state, int threads, const std::string& isa) {
@@ -342,17 +396,41 @@ void token_kl_backward(uintptr_t logits, uintptr_t ref_logits, int dtype, const 
   if (input.layout.rows() == 0) return;
   const double* saved = pointer<const double>(state, "state");
   const void* received = pointer<const void>(upstream, "upstream");
-  irlfast::TokenKlGradient results[2] = {
-      {reinterpret_cast<void*>(gradient), parse_layout(gradient_layout, "gradient")},
-      {reinterpret_cast<void*>(ref_gradient), parse_layout(ref_gradient_layout, "ref_gradient")}};
-  for (const irlfast::TokenKlGradient& result : results) {
-    if (result.data != nullptr && result.layout.rows() != input.layout.rows()) {
-      throw std::invalid_argument("a gradient has " + std::to_string(result.layout.rows()) + " rows, the logits " +
-                                  std::to_string(input.layout.rows()));
-    }
-  }
+  const irlfast::TokenKlGradient result = parse_kl_gradient(input, gradient, gradient_layout);
+  const irlfast::TokenKlGradient ref_result = parse_kl_gradient(input, ref_gradient, ref_gradient_layout);
   py::gil_scoped_release release;
-  irlfast::token_kl_backward(input, saved, received, results[0], results[1], threads, selected);
+  irlfast::token_kl_backward(input, saved, received, result, ref_result, threads, selected);
+}
+
+void cuda_token_kl_forward(uintptr_t logits, uintptr_t ref_logits, int dtype, const Layout& layout,
+                           const Layout& ref_layout, int64_t vocab, int kind, double weight, double temperature,
+                           uintptr_t row_temperature, double softcap, uintptr_t kl, uintptr_t state, int device,
+                           uintptr_t stream) {
+  const irlfast::TokenKlInput input = parse_kl_input(logits, ref_logits, dtype, layout, ref_layout, vocab, kind, weight,
+                                                     temperature, row_temperature, softcap);
+  const irlfast::cuda::Queue queue = parse_queue(device, stream);
+  if (input.layout.rows() == 0) return;
+  void* result = pointer<void>(kl, "kl");
+  double* saved = pointer<double>(state, "state");
+  py::gil_scoped_release release;
+  irlfast::cuda::token_kl_forward(input, result, saved, queue);
+}
+
+void cuda_token_kl_backward(uintptr_t logits, uintptr_t ref_logits, int dtype, const Layout& layout,
+                            const Layout& ref_layout, int64_t vocab, int kind, double weight, double temperature,
+                            uintptr_t row_temperature, double softcap, uintptr_t state, uintptr_t upstream,
+                            uintptr_t gradient, const Layout& gradient_layout, uintptr_t ref_gradient,
+                            const Layout& ref_gradient_layout, int device, uintptr_t stream) {
+  const irlfast::TokenKlInput input = parse_kl_input(logits, ref_logits, dtype, layout, ref_layout, vocab, kind, weight,
+                                                     temperature, row_temperature, softcap);
+  const irlfast::cuda::Queue queue = parse_queue(device, stream);
+  if (input.layout.rows() == 0) return;
+  const double* saved = pointer<const double>(state, "state");
+  const void* received = pointer<const void>(upstream, "upstream");
+  const irlfast::TokenKlGradient result = parse_kl_gradient(input, gradient, gradient_layout);
+  const irlfast::TokenKlGradient ref_result = parse_kl_gradient(input, ref_gradient, ref_gradient_layout);
+  py::gil_scoped_release release;
+  irlfast::cuda::token_kl_backward(input, saved, received, result, ref_result, queue);
 }
 
 int64_t first_invalid_label(uintptr_t labels, int64_t count, int64_t vocab, int64_t ignore_index) {
@@ -468,6 +546,43 @@ void sequence_logprobs_backward(int64_t count, int64_t width, uintptr_t offsets,
                                       threads, selected);
 }
 
+// Where offsets lie on a device, the number of tokens is told, not read.
+int64_t parse_tokens(int64_t tokens, uintptr_t data, const char* name) {
+  if (tokens < 0) throw std::invalid_argument("tokens = " + std::to_string(tokens) + " is negative");
+  if (tokens > 0) pointer<const void>(data, name);
+  return tokens;
+}
+
+void cuda_sequence_logprobs_forward(int64_t count, int64_t width, uintptr_t offsets, bool wide_offsets, int64_t tokens,
+                                    uintptr_t logprobs, int dtype, uintptr_t mask, int mask_bytes, bool mask_floating,
+                                    bool mean, uintptr_t result, int device, uintptr_t stream) {
+  const irlfast::Segments segments = parse_segments(count, width, offsets, wide_offsets);
+  const irlfast::TokenMask token_mask = parse_mask(mask, mask_bytes, mask_floating);
+  const irlfast::DType type = parse_dtype(dtype);
+  const irlfast::cuda::Queue queue = parse_queue(device, stream);
+  parse_tokens(tokens, logprobs, "logprobs");
+  if (count == 0) return;
+  void* out = pointer<void>(result, "result");
+  py::gil_scoped_release release;
+  irlfast::cuda::sequence_logprobs_forward(segments, tokens, reinterpret_cast<const void*>(logprobs), type, token_mask,
+                                           mean, out, queue);
+}
+
+void cuda_sequence_logprobs_backward(int64_t count, int64_t width, uintptr_t offsets, bool wide_offsets, int64_t tokens,
+                                     uintptr_t upstream, int dtype, uintptr_t mask, int mask_bytes, bool mask_floating,
+                                     bool mean, uintptr_t gradient, int device, uintptr_t stream) {
+  const irlfast::Segments segments = parse_segments(count, width, offsets, wide_offsets);
+  const irlfast::TokenMask token_mask = parse_mask(mask, mask_bytes, mask_floating);
+  const irlfast::DType type = parse_dtype(dtype);
+  const irlfast::cuda::Queue queue = parse_queue(device, stream);
+  parse_tokens(tokens, gradient, "gradient");
+  if (count == 0) return;
+  const void* given = pointer<const void>(upstream, "upstream");
+  py::gil_scoped_release release;
+  irlfast::cuda::sequence_logprobs_backward(segments, tokens, given, type, token_mask, mean,
+                                            reinterpret_cast<void*>(gradient), queue);
+}
+
 irlfast::ImportanceInput parse_importance(uintptr_t log_target, uintptr_t log_proposal, int dtype, int64_t rows,
                                           uintptr_t groups, double clip_low, double clip_high, double temper) {
   if (rows < 1) throw std::invalid_argument("rows = " + std::to_string(rows) + " is below 1");
@@ -508,6 +623,42 @@ void importance_weights_backward(uintptr_t log_target, uintptr_t log_proposal, i
                                        reinterpret_cast<const void*>(grad_ess), result, threads, selected);
 }
 
+irlfast::cuda::GroupLists parse_group_lists(uintptr_t order, uintptr_t offsets, int64_t count) {
+  if (count < 1) throw std::invalid_argument("a number of groups below 1");
+  if (order == 0) return {};
+  return {pointer<const int64_t>(order, "order"), pointer<const int64_t>(offsets, "offsets"), count};
+}
+
+void cuda_importance_weights_forward(uintptr_t log_target, uintptr_t log_proposal, int dtype, int64_t rows,
+                                     uintptr_t order, uintptr_t offsets, int64_t groups, double clip_low,
+                                     double clip_high, double temper, uintptr_t weights, uintptr_t log_normalizer,
+                                     uintptr_t ess, int device, uintptr_t stream) {
+  const irlfast::ImportanceInput input =
+      parse_importance(log_target, log_proposal, dtype, rows, 0, clip_low, clip_high, temper);
+  const irlfast::cuda::GroupLists lists = parse_group_lists(order, offsets, groups);
+  const irlfast::cuda::Queue queue = parse_queue(device, stream);
+  const irlfast::ImportanceOutput output{pointer<void>(weights, "weights"),
+                                         pointer<void>(log_normalizer, "log_normalizer"), pointer<void>(ess, "ess")};
+  py::gil_scoped_release release;
+  irlfast::cuda::importance_weights_forward(input, lists, output, queue);
+}
+
+void cuda_importance_weights_backward(uintptr_t log_target, uintptr_t log_proposal, int dtype, int64_t rows,
+                                      uintptr_t order, uintptr_t offsets, int64_t groups, double clip_low,
+                                      double clip_high, double temper, uintptr_t grad_weights,
+                                      uintptr_t grad_log_normalizer, uintptr_t grad_ess, uintptr_t gradient, int device,
+                                      uintptr_t stream) {
+  const irlfast::ImportanceInput input =
+      parse_importance(log_target, log_proposal, dtype, rows, 0, clip_low, clip_high, temper);
+  const irlfast::cuda::GroupLists lists = parse_group_lists(order, offsets, groups);
+  const irlfast::cuda::Queue queue = parse_queue(device, stream);
+  void* result = pointer<void>(gradient, "gradient");
+  py::gil_scoped_release release;
+  irlfast::cuda::importance_weights_backward(input, lists, reinterpret_cast<const void*>(grad_weights),
+                                             reinterpret_cast<const void*>(grad_log_normalizer),
+                                             reinterpret_cast<const void*>(grad_ess), result, queue);
+}
+
 void gae(int64_t count, int64_t width, uintptr_t offsets, bool wide_offsets, uintptr_t rewards, uintptr_t values,
          uintptr_t last_values, int dtype, uintptr_t mask, int mask_bytes, bool mask_floating, double gamma, double lam,
          uintptr_t advantages, uintptr_t returns, int threads) {
@@ -535,15 +686,14 @@ Enum parse_choice(int value, int choices, const char* name) {
   return static_cast<Enum>(value);
 }
 
-void policy_terms(int64_t count, int64_t width, uintptr_t offsets, bool wide_offsets, int dtype, uintptr_t logprobs,
-                  uintptr_t old_logprobs, uintptr_t ref_logprobs, uintptr_t rollout_logprobs, uintptr_t entropy,
-                  uintptr_t advantages, bool advantage_per_token, uintptr_t mask, int mask_bytes, bool mask_floating,
-                  uintptr_t keep, int term, double clip_low, double clip_high, double dual_clip, double kl_coef,
-                  int kl_estimator, double entropy_coef, double tis_cap, double icepop_low, double icepop_high,
-                  bool sequence_correction, int aggregation, double denominator, uintptr_t loss, uintptr_t metrics,
-                  uintptr_t grad_logprobs, uintptr_t grad_entropy, int threads, const std::string& isa) {
+// `tokens`: of all sequences together.
+irlfast::PolicyTermsInput parse_policy_input(const irlfast::Segments& segments, int64_t tokens, int dtype,
+                                             uintptr_t logprobs, uintptr_t old_logprobs, uintptr_t ref_logprobs,
+                                             uintptr_t rollout_logprobs, uintptr_t entropy, uintptr_t advantages,
+                                             bool advantage_per_token, const irlfast::TokenMask& mask, uintptr_t keep,
+                                             const irlfast::PolicyTermsOptions& options) {
   irlfast::PolicyTermsInput input;
-  input.segments = parse_segments(count, width, offsets, wide_offsets);
+  input.segments = segments;
   input.dtype = parse_statistic(dtype);
   input.logprobs = reinterpret_cast<const void*>(logprobs);
   input.old_logprobs = reinterpret_cast<const void*>(old_logprobs);
@@ -552,8 +702,21 @@ void policy_terms(int64_t count, int64_t width, uintptr_t offsets, bool wide_off
   input.entropy = reinterpret_cast<const void*>(entropy);
   input.advantages = reinterpret_cast<const void*>(advantages);
   input.advantage_per_token = advantage_per_token;
-  input.mask = parse_mask(mask, mask_bytes, mask_floating);
+  input.mask = mask;
   input.keep = reinterpret_cast<const uint8_t*>(keep);
+  if (tokens > 0) {
+    pointer<const void>(logprobs, "logprobs");
+    pointer<const void>(advantages, "advantages");
+    if (options.term != irlfast::PolicyTerm::kReinforce) pointer<const void>(old_logprobs, "old_logprobs");
+    if (options.corrects()) pointer<const void>(rollout_logprobs, "rollout_logprobs");
+  }
+  return input;
+}
+
+irlfast::PolicyTermsOptions parse_policy_options(int term, double clip_low, double clip_high, double dual_clip,
+                                                 double kl_coef, int kl_estimator, double entropy_coef, double tis_cap,
+                                                 double icepop_low, double icepop_high, bool sequence_correction,
+                                                 int aggregation, double denominator) {
   irlfast::PolicyTermsOptions options;
   options.term = parse_choice<irlfast::PolicyTerm>(term, 4, "term");
   options.clip_low = clip_low;
@@ -568,25 +731,68 @@ void policy_terms(int64_t count, int64_t width, uintptr_t offsets, bool wide_off
   options.sequence_correction = sequence_correction;
   options.aggregation = parse_choice<irlfast::Aggregation>(aggregation, 4, "aggregation");
   options.denominator = denominator;
-  if (input.segments.tokens() > 0) {
-    pointer<const void>(logprobs, "logprobs");
-    pointer<const void>(advantages, "advantages");
-    const bool ratio = options.term != irlfast::PolicyTerm::kReinforce;
-    if (ratio) pointer<const void>(old_logprobs, "old_logprobs");
-    if (options.corrects()) pointer<const void>(rollout_logprobs, "rollout_logprobs");
-  }
-  const irlfast::PolicyTermsOutput output{pointer<void>(loss, "loss"), pointer<void>(metrics, "metrics"),
-                                          reinterpret_cast<void*>(grad_logprobs),
-                                          reinterpret_cast<void*>(grad_entropy)};
+  return options;
+}
+
+irlfast::PolicyTermsOutput parse_policy_output(uintptr_t loss, uintptr_t metrics, uintptr_t grad_logprobs,
+                                               uintptr_t grad_entropy) {
+  return {pointer<void>(loss, "loss"), pointer<void>(metrics, "metrics"), reinterpret_cast<void*>(grad_logprobs),
+          reinterpret_cast<void*>(grad_entropy)};
+}
+
+void policy_terms(int64_t count, int64_t width, uintptr_t offsets, bool wide_offsets, int dtype, uintptr_t logprobs,
+                  uintptr_t old_logprobs, uintptr_t ref_logprobs, uintptr_t rollout_logprobs, uintptr_t entropy,
+                  uintptr_t advantages, bool advantage_per_token, uintptr_t mask, int mask_bytes, bool mask_floating,
+                  uintptr_t keep, int term, double clip_low, double clip_high, double dual_clip, double kl_coef,
+                  int kl_estimator, double entropy_coef, double tis_cap, double icepop_low, double icepop_high,
+                  bool sequence_correction, int aggregation, double denominator, uintptr_t loss, uintptr_t metrics,
+                  uintptr_t grad_logprobs, uintptr_t grad_entropy, int threads, const std::string& isa) {
+  const irlfast::Segments segments = parse_segments(count, width, offsets, wide_offsets);
+  const irlfast::PolicyTermsOptions options =
+      parse_policy_options(term, clip_low, clip_high, dual_clip, kl_coef, kl_estimator, entropy_coef, tis_cap,
+                           icepop_low, icepop_high, sequence_correction, aggregation, denominator);
+  const irlfast::PolicyTermsInput input = parse_policy_input(
+      segments, segments.tokens(), dtype, logprobs, old_logprobs, ref_logprobs, rollout_logprobs, entropy, advantages,
+      advantage_per_token, parse_mask(mask, mask_bytes, mask_floating), keep, options);
+  const irlfast::PolicyTermsOutput output = parse_policy_output(loss, metrics, grad_logprobs, grad_entropy);
   const irlfast::Isa selected = parse_isa(isa);
   py::gil_scoped_release release;
   irlfast::policy_terms(input, options, output, threads, selected);
 }
 
+void cuda_policy_terms(int64_t count, int64_t width, uintptr_t offsets, bool wide_offsets, int64_t tokens, int dtype,
+                       uintptr_t logprobs, uintptr_t old_logprobs, uintptr_t ref_logprobs, uintptr_t rollout_logprobs,
+                       uintptr_t entropy, uintptr_t advantages, bool advantage_per_token, uintptr_t mask,
+                       int mask_bytes, bool mask_floating, uintptr_t keep, int term, double clip_low, double clip_high,
+                       double dual_clip, double kl_coef, int kl_estimator, double entropy_coef, double tis_cap,
+                       double icepop_low, double icepop_high, bool sequence_correction, int aggregation,
+                       double denominator, uintptr_t device_denominator, uintptr_t loss, uintptr_t metrics,
+                       uintptr_t grad_logprobs, uintptr_t grad_entropy, uintptr_t partials, uintptr_t finished,
+                       uintptr_t scale, int device, uintptr_t stream) {
+  const irlfast::PolicyTermsOptions options =
+      parse_policy_options(term, clip_low, clip_high, dual_clip, kl_coef, kl_estimator, entropy_coef, tis_cap,
+                           icepop_low, icepop_high, sequence_correction, aggregation, denominator);
+  const irlfast::PolicyTermsInput input =
+      parse_policy_input(parse_segments(count, width, offsets, wide_offsets), tokens, dtype, logprobs, old_logprobs,
+                         ref_logprobs, rollout_logprobs, entropy, advantages, advantage_per_token,
+                         parse_mask(mask, mask_bytes, mask_floating), keep, options);
+  const irlfast::PolicyTermsOutput output = parse_policy_output(loss, metrics, grad_logprobs, grad_entropy);
+  irlfast::cuda::PolicyTermsWorkspace workspace;
+  if (count > 0) workspace.partials = pointer<double>(partials, "partials");
+  workspace.finished = pointer<int32_t>(finished, "finished");
+  workspace.denominator = reinterpret_cast<const void*>(device_denominator);
+  workspace.scale = pointer<void>(scale, "scale");
+  const irlfast::cuda::Queue queue = parse_queue(device, stream);
+  py::gil_scoped_release release;
+  irlfast::cuda::policy_terms(input, parse_tokens(tokens, logprobs, "logprobs"), options, output, workspace, queue);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
-  m.doc() = "CPU kernels. Addresses are tensors' data_ptr(), strides are in elements; irlfast.ops is the public face.";
+  m.doc() =
+      "CPU and CUDA kernels. Addresses are tensors' data_ptr(), strides are in elements; irlfast.ops is the public "
+      "face.";
 
   py::dict dtypes;
   dtypes["float32"] = int(irlfast::DType::kFloat32);
@@ -707,4 +913,60 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
         py::arg("grad_logprob"), py::arg("grad_entropy"), py::arg("grad_lse"), py::arg("grad_reverse_kl"),
         py::arg("grad_forward_kl"), py::arg("gradient"), py::arg("gradient_dtype"), py::arg("gradient_stride"),
         py::arg("threads"), py::arg("isa"), "Write the gradient of a chunk of columns of the policy.");
+
+  m.attr("POLICY_METRICS") = int(irlfast::PolicyMetric::kCount);
+  m.attr("CUDA_MAX_LABELS") = irlfast::cuda::kMaxLabels;
+  m.attr("CUDA_POLICY_PARTIALS") = irlfast::cuda::kPolicyPartials;
+  m.def("cuda_device_count", &irlfast::cuda::device_count, "Devices of CUDA; 0 where there is no driver.");
+  m.def("cuda_unavailable", &irlfast::cuda::unavailable, py::arg("device"),
+        "Why the CUDA kernels cannot run on a device; empty where they can.");
+  m.def("cuda_token_stats_forward", &cuda_token_stats_forward, py::arg("logits"), py::arg("dtype"), py::arg("layout"),
+        py::arg("vocab"), py::arg("labels"), py::arg("labels_per_row"), py::arg("ignore_index"), py::arg("temperature"),
+        py::arg("row_temperature"), py::arg("softcap"), py::arg("logprob"), py::arg("entropy"), py::arg("lse"),
+        py::arg("state"), py::arg("device"), py::arg("stream"),
+        "As token_stats_forward, on a stream; nothing is waited for.");
+  m.def("cuda_token_stats_backward", &cuda_token_stats_backward, py::arg("logits"), py::arg("dtype"), py::arg("layout"),
+        py::arg("vocab"), py::arg("labels"), py::arg("labels_per_row"), py::arg("ignore_index"), py::arg("temperature"),
+        py::arg("row_temperature"), py::arg("softcap"), py::arg("state"), py::arg("grad_logprob"),
+        py::arg("grad_entropy"), py::arg("grad_lse"), py::arg("gradient"), py::arg("gradient_layout"),
+        py::arg("device"), py::arg("stream"), "As token_stats_backward, on a stream.");
+  m.def("cuda_token_kl_forward", &cuda_token_kl_forward, py::arg("logits"), py::arg("ref_logits"), py::arg("dtype"),
+        py::arg("layout"), py::arg("ref_layout"), py::arg("vocab"), py::arg("kind"), py::arg("weight"),
+        py::arg("temperature"), py::arg("row_temperature"), py::arg("softcap"), py::arg("kl"), py::arg("state"),
+        py::arg("device"), py::arg("stream"), "As token_kl_forward, on a stream.");
+  m.def("cuda_token_kl_backward", &cuda_token_kl_backward, py::arg("logits"), py::arg("ref_logits"), py::arg("dtype"),
+        py::arg("layout"), py::arg("ref_layout"), py::arg("vocab"), py::arg("kind"), py::arg("weight"),
+        py::arg("temperature"), py::arg("row_temperature"), py::arg("softcap"), py::arg("state"), py::arg("upstream"),
+        py::arg("gradient"), py::arg("gradient_layout"), py::arg("ref_gradient"), py::arg("ref_gradient_layout"),
+        py::arg("device"), py::arg("stream"), "As token_kl_backward, on a stream.");
+  m.def("cuda_sequence_logprobs_forward", &cuda_sequence_logprobs_forward, py::arg("count"), py::arg("width"),
+        py::arg("offsets"), py::arg("wide_offsets"), py::arg("tokens"), py::arg("logprobs"), py::arg("dtype"),
+        py::arg("mask"), py::arg("mask_bytes"), py::arg("mask_floating"), py::arg("mean"), py::arg("result"),
+        py::arg("device"), py::arg("stream"),
+        "As sequence_logprobs_forward, on a stream; offsets are held within the tokens.");
+  m.def("cuda_sequence_logprobs_backward", &cuda_sequence_logprobs_backward, py::arg("count"), py::arg("width"),
+        py::arg("offsets"), py::arg("wide_offsets"), py::arg("tokens"), py::arg("upstream"), py::arg("dtype"),
+        py::arg("mask"), py::arg("mask_bytes"), py::arg("mask_floating"), py::arg("mean"), py::arg("gradient"),
+        py::arg("device"), py::arg("stream"), "As sequence_logprobs_backward, on a stream.");
+  m.def("cuda_importance_weights_forward", &cuda_importance_weights_forward, py::arg("log_target"),
+        py::arg("log_proposal"), py::arg("dtype"), py::arg("rows"), py::arg("order"), py::arg("offsets"),
+        py::arg("groups"), py::arg("clip_low"), py::arg("clip_high"), py::arg("temper"), py::arg("weights"),
+        py::arg("log_normalizer"), py::arg("ess"), py::arg("device"), py::arg("stream"),
+        "Of groups as lists of rows (order 0: one of all); one that is no distribution is NaN.");
+  m.def("cuda_importance_weights_backward", &cuda_importance_weights_backward, py::arg("log_target"),
+        py::arg("log_proposal"), py::arg("dtype"), py::arg("rows"), py::arg("order"), py::arg("offsets"),
+        py::arg("groups"), py::arg("clip_low"), py::arg("clip_high"), py::arg("temper"), py::arg("grad_weights"),
+        py::arg("grad_log_normalizer"), py::arg("grad_ess"), py::arg("gradient"), py::arg("device"), py::arg("stream"),
+        "Write the gradient to log_target, on a stream.");
+  m.def("cuda_policy_terms", &cuda_policy_terms, py::arg("count"), py::arg("width"), py::arg("offsets"),
+        py::arg("wide_offsets"), py::arg("tokens"), py::arg("dtype"), py::arg("logprobs"), py::arg("old_logprobs"),
+        py::arg("ref_logprobs"), py::arg("rollout_logprobs"), py::arg("entropy"), py::arg("advantages"),
+        py::arg("advantage_per_token"), py::arg("mask"), py::arg("mask_bytes"), py::arg("mask_floating"),
+        py::arg("keep"), py::arg("term"), py::arg("clip_low"), py::arg("clip_high"), py::arg("dual_clip"),
+        py::arg("kl_coef"), py::arg("kl_estimator"), py::arg("entropy_coef"), py::arg("tis_cap"), py::arg("icepop_low"),
+        py::arg("icepop_high"), py::arg("sequence_correction"), py::arg("aggregation"), py::arg("denominator"),
+        py::arg("device_denominator"), py::arg("loss"), py::arg("metrics"), py::arg("grad_logprobs"),
+        py::arg("grad_entropy"), py::arg("partials"), py::arg("finished"), py::arg("scale"), py::arg("device"),
+        py::arg("stream"),
+        "As policy_terms, on a stream, but for the gradients, which lack the factor written to scale.");
 }

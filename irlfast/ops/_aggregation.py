@@ -24,6 +24,14 @@ def check_aggregation(how: str, denominator: float | Tensor | None) -> None:
         raise ValueError(f"denominator is {denominator}; expected a positive count or constant")
 
 
+def positive(denominator: Tensor) -> float:
+    """The value of a denominator on the CPU; ValueError unless it is positive."""
+    value = float(denominator)
+    if not value > 0:
+        raise ValueError(f"denominator is {value}; expected a positive count or constant")
+    return value
+
+
 def masked(values: Tensor, mask: Tensor) -> Tensor:
     """`values` in float32 (float64 stays) with 0 wherever mask is False, NaN and infinities included."""
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32

@@ -11,20 +11,9 @@ import math
 import torch
 from torch import Tensor
 
+from irlfast.ops._segments import rows_by_group
 from irlfast.ops._segments_triton import BLOCKS, bits
 from irlfast.ops._triton import on_device
-
-
-def _sorted(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows group by group; where each group begins, [N + 1], N for groups that are not there; the last group's number.
-
-    Stable, so that a group's sums run over its rows in their own order wherever the other groups' rows stand.
-    """
-    ids, order = torch.sort(groups, stable=True)
-    number = torch.zeros_like(ids)
-    torch.cumsum(ids[1:] != ids[:-1], 0, out=number[1:])
-    every = torch.arange(len(ids) + 1, device=ids.device)
-    return order, torch.searchsorted(number, every), number[-1]
 
 
 def _reshapes(low: float, high: float, temper: float) -> bool:
@@ -39,7 +28,7 @@ def forward_triton(
 
     log_target, log_proposal = log_target.contiguous(), log_proposal.contiguous()
     rows = log_target.shape[0]
-    order, offsets, last = (None, None, None) if groups is None else _sorted(groups)
+    order, offsets, last = (None, None, None) if groups is None else rows_by_group(groups)
     most = 1 if groups is None else rows
     weights = torch.empty_like(log_target)
     log_normalizer, ess = log_target.new_empty((most,)), log_target.new_empty((most,))
@@ -88,7 +77,7 @@ def backward_triton(
         None if x is None else x.contiguous() for x in (grad_weights, grad_log_normalizer, grad_ess)
     )
     rows = log_target.shape[0]
-    order, offsets, _ = (None, None, None) if groups is None else _sorted(groups)
+    order, offsets, _ = (None, None, None) if groups is None else rows_by_group(groups)
     gradient = torch.empty_like(log_target)
     count = 1 if groups is None else rows
     for one_a_group in (grad_log_normalizer, grad_ess):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from irlfast.ops._aggregation import positive
 from irlfast.ops._segments_triton import BLOCKS, bits, layout, words
 from irlfast.ops._triton import on_device
 
@@ -156,11 +157,3 @@ def _launch(
         (bits(kl_coef), bits(entropy_coef), *report_constants.values()),
         {"num_warps": report_warps, "enable_fp_fusion": True},
     )
-
-
-def positive(denominator: Tensor) -> float:
-    """The value of a denominator on the CPU; ValueError unless it is positive."""
-    value = float(denominator)
-    if not value > 0:
-        raise ValueError(f"denominator is {value}; expected a positive count or constant")
-    return value

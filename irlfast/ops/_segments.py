@@ -140,6 +140,18 @@ def check_groups(groups: Tensor, values: Tensor, *, name: str = "groups") -> Non
         raise ValueError(f"{name} has shape {tuple(groups.shape)}; expected one id a row, {tuple(values.shape)}")
 
 
+def rows_by_group(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows group by group; where each group begins, [N + 1], N for groups that are not there; the last group's number.
+
+    Stable, so that a group's sums run over its rows in their own order wherever the other groups' rows stand.
+    """
+    ids, order = torch.sort(groups, stable=True)
+    number = torch.zeros_like(ids)
+    torch.cumsum(ids[1:] != ids[:-1], 0, out=number[1:])
+    every = torch.arange(len(ids) + 1, device=ids.device)
+    return order, torch.searchsorted(number, every), number[-1]
+
+
 class Groups:
     """Rows that share an integer id, in any order.
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from irlfast import _native
+from irlfast.ops._cuda import cuda_unavailable, on_gpu
 from irlfast.ops._dispatch import (
     DTYPE_CODES,
     LIBRARY,
@@ -30,10 +31,10 @@ from irlfast.ops._dispatch import (
     Kernels,
     address,
     cpu_kernel_unavailable,
-    not_in_this_release,
     runs_undispatched,
     select,
 )
+from irlfast.ops._importance_cuda import backward_cuda, forward_cuda
 from irlfast.ops._importance_triton import backward_triton, forward_triton
 from irlfast.ops._segments import Groups, check_groups, compute_dtype, require_floating
 from irlfast.ops._segments_triton import triton_takes
@@ -225,8 +226,8 @@ def _backward_fake(log_target: Tensor, *args: object) -> Tensor:
 
 LIBRARY.impl("importance_weights", forward_cpu, "CPU")
 LIBRARY.impl("importance_weights_backward", backward_cpu, "CPU")
-LIBRARY.impl("importance_weights", forward_triton, "CUDA")
-LIBRARY.impl("importance_weights_backward", backward_triton, "CUDA")
+LIBRARY.impl("importance_weights", on_gpu(forward_cuda, forward_triton), "CUDA")
+LIBRARY.impl("importance_weights_backward", on_gpu(backward_cuda, backward_triton), "CUDA")
 torch.library.register_fake("irlfast::importance_weights", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("irlfast::importance_weights_backward", _backward_fake, lib=LIBRARY)
 torch.library.register_autograd("irlfast::importance_weights", _backward, setup_context=_save_for_backward, lib=LIBRARY)
@@ -290,7 +291,7 @@ def _run_reference(
 
 IMPLEMENTATIONS = {
     "cpu": Implementation(run=partial(_run, Kernels(forward_cpu, backward_cpu)), unavailable=cpu_kernel_unavailable),
-    "cuda": not_in_this_release("CUDA"),
+    "cuda": Implementation(run=partial(_run, Kernels(forward_cuda, backward_cuda)), unavailable=cuda_unavailable),
     "triton": Implementation(run=partial(_run, Kernels(forward_triton, backward_triton)), unavailable=triton_takes),
     "reference": Implementation(run=_run_reference, unavailable=lambda tensor: None),
 }

@@ -28,18 +28,19 @@ import torch
 from torch import Tensor
 
 from irlfast import _native
-from irlfast.ops._aggregation import AGGREGATIONS, Aggregation, aggregate, check_aggregation, masked_mean
+from irlfast.ops._aggregation import AGGREGATIONS, Aggregation, aggregate, check_aggregation, masked_mean, positive
+from irlfast.ops._cuda import cuda_unavailable, on_gpu
 from irlfast.ops._dispatch import (
     DTYPE_CODES,
     LIBRARY,
     Implementation,
     address,
     cpu_kernel_unavailable,
-    not_in_this_release,
     runs_undispatched,
     select,
 )
-from irlfast.ops._policy_terms_triton import positive, sweep_triton
+from irlfast.ops._policy_terms_cuda import sweep_cuda
+from irlfast.ops._policy_terms_triton import sweep_triton
 from irlfast.ops._segments import (
     Sequences,
     check_offsets_form,
@@ -340,6 +341,10 @@ def forward_cpu(logprobs: Tensor, *arguments: Any, isa: str = "auto") -> Outputs
     return _outputs(logprobs, sweep_cpu(logprobs, *arguments, isa=isa))
 
 
+def forward_cuda(logprobs: Tensor, *arguments: Any) -> Outputs:
+    return _outputs(logprobs, sweep_cuda(logprobs, *arguments))
+
+
 def forward_triton(logprobs: Tensor, *arguments: Any) -> Outputs:
     return _outputs(logprobs, sweep_triton(logprobs, *arguments))
 
@@ -426,7 +431,7 @@ def _forward_fake(logprobs: Tensor, *arguments: Any) -> Outputs:
 
 
 LIBRARY.impl("policy_terms", forward_cpu, "CPU")
-LIBRARY.impl("policy_terms", forward_triton, "CUDA")
+LIBRARY.impl("policy_terms", on_gpu(forward_cuda, forward_triton), "CUDA")
 LIBRARY.impl("policy_terms_backward", _scaled, "CompositeExplicitAutograd")
 torch.library.register_fake("irlfast::policy_terms", _forward_fake, lib=LIBRARY)
 torch.library.register_fake(
@@ -509,7 +514,7 @@ def _run(
 
 IMPLEMENTATIONS = {
     "cpu": Implementation(run=partial(_run, sweep_cpu), unavailable=cpu_kernel_unavailable),
-    "cuda": not_in_this_release("CUDA"),
+    "cuda": Implementation(run=partial(_run, sweep_cuda), unavailable=cuda_unavailable),
     "triton": Implementation(run=partial(_run, sweep_triton), unavailable=triton_takes),
     "reference": Implementation(run=policy_terms_reference, unavailable=lambda tensor: None),
 }

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from irlfast import _native
+from irlfast.ops._cuda import cuda_unavailable, on_gpu
 from irlfast.ops._dispatch import (
     DTYPE_CODES,
     LIBRARY,
@@ -24,7 +25,6 @@ from irlfast.ops._dispatch import (
     Kernels,
     address,
     cpu_kernel_unavailable,
-    not_in_this_release,
     runs_undispatched,
     select,
     statistics_dtype,
@@ -40,6 +40,7 @@ from irlfast.ops._segments import (
     segment_sum,
 )
 from irlfast.ops._segments_triton import triton_takes
+from irlfast.ops._sequence_cuda import backward_cuda, forward_cuda
 from irlfast.ops._sequence_triton import backward_triton, forward_triton
 
 REDUCTIONS = ("sum", "mean")
@@ -180,8 +181,8 @@ def _backward_fake(
 
 LIBRARY.impl("sequence_logprobs", forward_cpu, "CPU")
 LIBRARY.impl("sequence_logprobs_backward", backward_cpu, "CPU")
-LIBRARY.impl("sequence_logprobs", forward_triton, "CUDA")
-LIBRARY.impl("sequence_logprobs_backward", backward_triton, "CUDA")
+LIBRARY.impl("sequence_logprobs", on_gpu(forward_cuda, forward_triton), "CUDA")
+LIBRARY.impl("sequence_logprobs_backward", on_gpu(backward_cuda, backward_triton), "CUDA")
 torch.library.register_fake("irlfast::sequence_logprobs", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("irlfast::sequence_logprobs_backward", _backward_fake, lib=LIBRARY)
 torch.library.register_autograd("irlfast::sequence_logprobs", _backward, setup_context=_save_for_backward, lib=LIBRARY)
@@ -218,7 +219,7 @@ def _run_reference(logprobs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | N
 
 IMPLEMENTATIONS = {
     "cpu": Implementation(run=partial(_run, Kernels(forward_cpu, backward_cpu)), unavailable=cpu_kernel_unavailable),
-    "cuda": not_in_this_release("CUDA"),
+    "cuda": Implementation(run=partial(_run, Kernels(forward_cuda, backward_cuda)), unavailable=cuda_unavailable),
     "triton": Implementation(run=partial(_run, Kernels(forward_triton, backward_triton)), unavailable=triton_takes),
     "reference": Implementation(run=_run_reference, unavailable=lambda tensor: None),
 }

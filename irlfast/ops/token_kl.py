@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 
 from irlfast import _native
+from irlfast.ops._cuda import cuda_unavailable, on_gpu
 from irlfast.ops._dispatch import (
     DTYPE_CODES,
     LIBRARY,
     Implementation,
     cpu_kernel_unavailable,
-    not_in_this_release,
     runs_undispatched,
     select,
     statistics_dtype,
@@ -40,6 +40,7 @@ from irlfast.ops._dispatch import (
 from irlfast.ops._linear_inputs import expand_temperature
 from irlfast.ops._scaling import check_scaling
 from irlfast.ops._token_kl_cpu import STATE, backward_cpu, forward_cpu
+from irlfast.ops._token_kl_cuda import backward_cuda, forward_cuda
 from irlfast.ops._token_kl_triton import backward_triton, forward_triton
 from irlfast.ops._token_stats_checks import check_inplace
 from irlfast.ops._triton import triton_unavailable
@@ -127,7 +128,15 @@ class _Kernels(NamedTuple):
 
 
 _CPU = _Kernels(forward_cpu, backward_cpu)
+_CUDA = _Kernels(forward_cuda, backward_cuda)
 _TRITON = _Kernels(forward_triton, backward_triton)
+
+
+def _kernels_of(logits: Tensor) -> _Kernels:
+    """Those of the registered ops."""
+    if not logits.is_cuda:
+        return _CPU
+    return _CUDA if cuda_unavailable(logits) is None else _TRITON
 
 
 def _backward_over_logits(kernels: _Kernels, logits: Tensor, *arguments: Any) -> Tensor:
@@ -135,7 +144,7 @@ def _backward_over_logits(kernels: _Kernels, logits: Tensor, *arguments: Any) ->
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _save_for_backward(ctx, _TRITON if inputs[0].is_cuda else _CPU, inputs, output)
+    _save_for_backward(ctx, _kernels_of(inputs[0]), inputs, output)
 
 
 def _save_for_backward(ctx: Any, kernels: _Kernels, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -193,9 +202,13 @@ def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
 LIBRARY.impl("token_kl", forward_cpu, "CPU")
 LIBRARY.impl("token_kl_backward", backward_cpu, "CPU")
 LIBRARY.impl("token_kl_backward_", partial(_backward_over_logits, _CPU), "CPU")
-LIBRARY.impl("token_kl", forward_triton, "CUDA")  # AMD's GPUs have the key too
-LIBRARY.impl("token_kl_backward", backward_triton, "CUDA")
-LIBRARY.impl("token_kl_backward_", partial(_backward_over_logits, _TRITON), "CUDA")
+LIBRARY.impl("token_kl", on_gpu(forward_cuda, forward_triton), "CUDA")
+LIBRARY.impl("token_kl_backward", on_gpu(backward_cuda, backward_triton), "CUDA")
+LIBRARY.impl(
+    "token_kl_backward_",
+    on_gpu(partial(_backward_over_logits, _CUDA), partial(_backward_over_logits, _TRITON)),
+    "CUDA",
+)
 torch.library.register_fake("irlfast::token_kl", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("irlfast::token_kl_backward", _backward_fake, lib=LIBRARY)
 torch.library.register_fake("irlfast::token_kl_backward_", _backward_over_logits_fake, lib=LIBRARY)
@@ -258,7 +271,7 @@ def _run_reference(
 
 IMPLEMENTATIONS = {
     "cpu": Implementation(run=partial(_run_kernels, _CPU), unavailable=cpu_kernel_unavailable),
-    "cuda": not_in_this_release("CUDA"),
+    "cuda": Implementation(run=partial(_run_kernels, _CUDA), unavailable=cuda_unavailable),
     "triton": Implementation(run=partial(_run_kernels, _TRITON), unavailable=triton_unavailable),
     "reference": Implementation(run=_run_reference, unavailable=lambda tensor: None),
 }

@@ -23,11 +23,11 @@ from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
 
 from irlfast.ops import _token_stats_op  # noqa: F401  defines the ops implemented below
+from irlfast.ops._cuda import cuda_unavailable, on_gpu
 from irlfast.ops._dispatch import (
     LIBRARY,
     Implementation,
     cpu_kernel_unavailable,
-    not_in_this_release,
     runs_undispatched,
     select,
     statistics_dtype,
@@ -40,6 +40,12 @@ from irlfast.ops._token_stats_cpu import (
     forward_cpu,
     raise_label,
     statistics_cpu,
+)
+from irlfast.ops._token_stats_cuda import (
+    backward_cuda,
+    backward_over_logits_cuda,
+    forward_cuda,
+    statistics_cuda,
 )
 from irlfast.ops._token_stats_parallel import token_stats_over_group
 from irlfast.ops._token_stats_triton import (
@@ -110,7 +116,15 @@ class _Kernels(NamedTuple):
 
 
 _CPU = _Kernels(statistics_cpu, backward_cpu, backward_over_logits)
+_CUDA = _Kernels(statistics_cuda, backward_cuda, backward_over_logits_cuda)
 _TRITON = _Kernels(statistics_triton, backward_triton, backward_over_logits_triton)
+
+
+def _kernels_of(logits: Tensor) -> _Kernels:
+    """Those of the registered ops."""
+    if not logits.is_cuda:
+        return _CPU
+    return _CUDA if cuda_unavailable(logits) is None else _TRITON
 
 
 def _backward(
@@ -141,7 +155,7 @@ def _save_for_backward(ctx: Any, kernels: _Kernels, inputs: tuple[Any, ...], sta
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(output[3])
-    _save_for_backward(ctx, _TRITON if inputs[0].is_cuda else _CPU, inputs, output[3])
+    _save_for_backward(ctx, _kernels_of(inputs[0]), inputs, output[3])
 
 
 class _TokenStats(torch.autograd.Function):
@@ -168,9 +182,9 @@ _apply_token_stats: Callable[..., tuple[Any, ...]] = super(torch.autograd.Functi
 LIBRARY.impl("token_stats", forward_cpu, "CPU")
 LIBRARY.impl("token_stats_backward", backward_cpu, "CPU")
 LIBRARY.impl("token_stats_backward_", backward_over_logits, "CPU")
-LIBRARY.impl("token_stats", forward_triton, "CUDA")  # AMD's GPUs have the key too
-LIBRARY.impl("token_stats_backward", backward_triton, "CUDA")
-LIBRARY.impl("token_stats_backward_", backward_over_logits_triton, "CUDA")
+LIBRARY.impl("token_stats", on_gpu(forward_cuda, forward_triton), "CUDA")
+LIBRARY.impl("token_stats_backward", on_gpu(backward_cuda, backward_triton), "CUDA")
+LIBRARY.impl("token_stats_backward_", on_gpu(backward_over_logits_cuda, backward_over_logits_triton), "CUDA")
 torch.library.register_autograd("irlfast::token_stats", _backward, setup_context=_setup_context, lib=LIBRARY)
 
 
@@ -227,7 +241,7 @@ def _run_reference(
 
 IMPLEMENTATIONS = {
     "cpu": Implementation(run=partial(_run_kernels, _CPU), unavailable=cpu_kernel_unavailable),
-    "cuda": not_in_this_release("CUDA"),
+    "cuda": Implementation(run=partial(_run_kernels, _CUDA), unavailable=cuda_unavailable),
     "triton": Implementation(run=partial(_run_kernels, _TRITON), unavailable=triton_unavailable),
     "reference": Implementation(run=_run_reference, unavailable=lambda tensor: None),
 }

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "irlfast/dtype.h"
+#include "irlfast/host_device.h"
 #include "irlfast/isa.h"
 
 namespace irlfast {
@@ -20,7 +21,7 @@ struct ImportanceInput {
   double temper = 1;
 
   // Whether weights are any other than the shares of the ratios as they are.
-  bool reshapes() const { return temper != 1 || clip_low != -INFINITY || clip_high != INFINITY; }
+  IRLFAST_HOST_DEVICE bool reshapes() const { return temper != 1 || clip_low != -INFINITY || clip_high != INFINITY; }
 };
 
 // In the input's type. One normaliser and one ESS a group, by rising id; space for as many as there are rows.

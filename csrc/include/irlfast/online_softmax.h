@@ -4,13 +4,13 @@
 
 #include <cmath>
 
-#if defined(__CUDACC__)
-#define IRLFAST_INLINE __host__ __device__ __forceinline__
-#else
-#define IRLFAST_INLINE inline __attribute__((always_inline))
-#endif
+#include "irlfast/host_device.h"
 
 namespace irlfast {
+
+// Of each type its own: a global exp may know double alone.
+using std::exp;
+using std::log1p;
 
 // Over logits l (after softcap, before the temperature T), with x_v = (l_v - max) / T:
 //   others   = sum over v != argmax of exp(x_v)
@@ -29,6 +29,20 @@ IRLFAST_INLINE OnlineSoftmax<Real> online_softmax_empty() {
   return {-Real(INFINITY), Real(0), Real(0)};
 }
 
+// The sums of `s` relative to a maximum that has risen to `max`: the argmax so far becomes one of the others.
+template <typename Real>
+IRLFAST_INLINE void online_softmax_raise(OnlineSoftmax<Real>& s, Real max, Real inverse_temperature) {
+  if (s.max != -Real(INFINITY)) {
+    const Real shift = (s.max - max) * inverse_temperature;
+    const Real factor = exp(shift);
+    const Real mass = Real(1) + s.others;
+    s.others = factor * mass;
+    s.weighted = factor == Real(0) ? Real(0) : factor * (s.weighted + shift * mass);  // the product may have overflowed
+  }
+  // Else nothing finite was met; a NaN that was must still reach the result.
+  s.max = max;
+}
+
 // Summary of both parts. Where the maxima tie, the second argmax becomes one of the others.
 template <typename Real>
 IRLFAST_INLINE OnlineSoftmax<Real> online_softmax_merge(OnlineSoftmax<Real> a, OnlineSoftmax<Real> b,
@@ -38,16 +52,9 @@ IRLFAST_INLINE OnlineSoftmax<Real> online_softmax_merge(OnlineSoftmax<Real> a, O
     a = b;
     b = swapped;
   }
-  if (b.max == -Real(INFINITY)) {
-    // Nothing finite in b; a NaN met there must still reach the result.
-    a.others += b.others;
-    return a;
-  }
-  const Real shift = (b.max - a.max) * inverse_temperature;
-  const Real factor = exp(shift);
-  const Real mass = Real(1) + b.others;
-  a.others += factor * mass;
-  if (factor != Real(0)) a.weighted += factor * (b.weighted + shift * mass);  // the product may have overflowed
+  online_softmax_raise(b, a.max, inverse_temperature);
+  a.others += b.others;
+  a.weighted += b.weighted;
   return a;
 }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "irlfast/dtype.h"
+#include "irlfast/host_device.h"
 #include "irlfast/isa.h"
 #include "irlfast/segments.h"
 
@@ -68,7 +69,7 @@ struct PolicyTermsOptions {
   Aggregation aggregation = Aggregation::kTokenMean;
   double denominator = 0;  // 0 for this batch's own count
 
-  bool corrects() const { return tis_cap > 0 || icepop_high > 0; }
+  IRLFAST_HOST_DEVICE bool corrects() const { return tis_cap > 0 || icepop_high > 0; }
 };
 
 // In the input's type. The gradients may be null where they are not wanted.

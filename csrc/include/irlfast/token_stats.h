@@ -1,10 +1,11 @@
-// Per-token statistics of logits on the CPU: log-prob of given labels, entropy and log-sum-exp, and their gradient.
+// Per-token statistics of logits: log-prob of given labels, entropy and log-sum-exp, and their gradient.
 // Everything is a raw pointer with strides in elements.
 #pragma once
 
 #include <cstdint>
 
 #include "irlfast/dtype.h"
+#include "irlfast/host_device.h"
 #include "irlfast/isa.h"
 
 namespace irlfast {
@@ -16,8 +17,10 @@ struct RowLayout {
   int64_t outer_stride = 0;
   int64_t inner_stride = 0;
 
-  int64_t rows() const { return outer * inner; }
-  int64_t offset(int64_t row) const { return (row / inner) * outer_stride + (row % inner) * inner_stride; }
+  IRLFAST_HOST_DEVICE int64_t rows() const { return outer * inner; }
+  IRLFAST_HOST_DEVICE int64_t offset(int64_t row) const {
+    return (row / inner) * outer_stride + (row % inner) * inner_stride;
+  }
 };
 
 struct TokenStatsInput {

@@ -1,0 +1,7 @@
+"""The CUDA sequence_logprobs, through the public op: the Triton kernel"s tests."""
+
+from __future__ import annotations
+
+from reuse import reuse
+
+globals().update(reuse("test_sequence"))
