@@ -9,7 +9,8 @@ usage() {
   cat <<'TEXT'
 usage: bench/gpu_all.sh [options] OUT
 
-OUT             folder for gpu.json, gpu.png, tests.xml, summary.txt and a log of each stage
+OUT             folder for gpu.json, gpu.png, gpu-triton.json, tests.xml, summary.txt and a log of each stage; where they
+                are on PATH, memcheck.log and racecheck.log of compute-sanitizer and profile.log of ncu
 --python FILE   the interpreter to use; default python3
 --wheels DIR    install what is missing from the wheels there: scikit-build-core, pybind11, pytest, cmake, ninja, peers
 --minutes N     for the benchmark; default 7.5
@@ -145,7 +146,7 @@ if ((!gpu)); then report 'gpu: torch is missing or sees none, so there is nothin
 
 if ((tests && gpu)); then
   if has pytest; then
-    stage tests 600 "$python" -m pytest -q -m gpu -p no:cacheprovider --junitxml "$out/tests.xml" tests/kernels
+    stage tests 600 "$python" -m pytest -q -m gpu -p no:cacheprovider --junitxml "$out/tests.xml" tests/kernels tests/cuda
     tail -n 1 "$out/tests.log" | tee -a "$out/summary.txt"
   else
     failures=$((failures + 1))
@@ -153,9 +154,38 @@ if ((tests && gpu)); then
   fi
 fi
 
+# The CUDA kernels under NVIDIA's tools, whose findings are text. A few cases: each takes far longer under them.
+if ((tests && gpu)) && has pytest; then
+  few='test_rows_at_any_address and (131 or 3-6) or test_several_labels or test_layout'
+  if command -v compute-sanitizer >/dev/null; then
+    for tool in memcheck racecheck; do
+      stage "$tool" 300 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m pytest -q -m gpu -p no:cacheprovider -k "$few" tests/cuda
+    done
+  else
+    report 'compute-sanitizer: not on PATH, so neither memory nor races were checked'
+  fi
+  if command -v ncu >/dev/null; then
+    stage profile 300 ncu --kernel-name-base demangled --kernel-name 'regex:token_(stats|kl)|policy_terms|sequence_|importance_' \
+      --launch-count 12 --section SpeedOfLight --section Occupancy --section MemoryWorkloadAnalysis \
+      "$python" -c '
+import torch
+from irlfast.ops import token_kl, token_stats
+logits = torch.randn(8192, 128256, device="cuda", dtype=torch.bfloat16).requires_grad_()
+labels = torch.randint(128256, (8192,), device="cuda")
+stats = token_stats(logits, labels)
+(stats.logprob + stats.entropy).sum().backward()
+token_kl(logits, logits.detach() * 0.9).sum().backward()
+'
+  else
+    report 'ncu: not on PATH, so no kernel was profiled'
+  fi
+fi
+
 if ((bench)); then
   whole=${minutes%.*} # the benchmark ends by itself; this is for one that hangs
   stage bench $((60 * 10#$whole + 120)) "$python" -m bench gpu --budget-minutes "$minutes" --json "$out/gpu.json" --plot "$out/gpu.png"
+  # The same ops by their Triton kernels: what "auto" should take is settled by the two files.
+  stage bench-triton 360 "$python" -m bench gpu --without cuda --lines A,B,C,E --skip eager,compile,peer --budget-minutes 4 --json "$out/gpu-triton.json"
 fi
 
 report "$( ((failures)) && echo "$failures stages FAILED" || echo 'every stage succeeded')"

@@ -50,6 +50,10 @@ def parser() -> argparse.ArgumentParser:
         "--skip", type=comma_separated("eager", "compile", "peer"), default=(), metavar="FAMILY,...",
         help="leave out eager, compile or peer contenders",
     )  # fmt: skip
+    result.add_argument(
+        "--without", type=comma_separated("cuda", "triton"), default=(), metavar="IMPL,...",
+        help="leave out an implementation: impl=\"auto\" takes the next one",
+    )  # fmt: skip
     result.add_argument("--scale", type=float, default=1.0, help="multiplies the rows, for a smaller GPU")
     result.add_argument("--plan", metavar="ROWSxDEPTHxVOCAB", help="print what linear_token_stats allocates for a head "
                         "in bfloat16 that is trained; needs no GPU")  # fmt: skip
@@ -82,7 +86,7 @@ def main(argv: list[str]) -> int:
     print(f"{origin['gpu']}, torch {origin['torch']}, {len(cases)} cases in {arguments.budget_minutes:g} minutes")
     settings = Settings(budget=arguments.budget, memory=True, skip=tuple(arguments.skip))
     session = Session(origin, arguments.json)
-    session.measure(cases, settings, begin + 60 * arguments.budget_minutes)
+    session.measure(cases, settings, begin + 60 * arguments.budget_minutes, without=arguments.without)
     print_summary(session.rows)
     print(f"\n{len(session.rows)} rows in {(time.monotonic() - begin) / 60:.1f} minutes")
     for note in session.notes:
@@ -125,8 +129,10 @@ class Session:
     def results(self) -> dict[str, Any]:
         return {"format": 1, "runs": {self._run: self._origin}, "rows": self.rows}
 
-    def measure(self, cases: Sequence[GpuCase], settings: Settings, deadline: float) -> None:
-        """In order, until `deadline` of the monotonic clock."""
+    def measure(
+        self, cases: Sequence[GpuCase], settings: Settings, deadline: float, *, without: Sequence[str] = ()
+    ) -> None:
+        """In order, until `deadline` of the monotonic clock; without some of the implementations."""
         pending = list(cases)
         left_out: dict[str, str] = {}
         while pending and time.monotonic() < deadline:
@@ -134,6 +140,7 @@ class Session:
                 "device": "cuda",
                 "ceilings": self._origin["ceilings"] is None,
                 "settings": dataclasses.asdict(dataclasses.replace(settings, left_out=left_out)),
+                "without": list(without),
                 "cases": [dataclasses.asdict(case) for case in pending],
             }
             lost: list[str] = []

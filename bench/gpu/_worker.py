@@ -9,6 +9,7 @@ import datetime
 import importlib
 import json
 import os
+import pkgutil
 import sys
 import traceback
 from typing import Any
@@ -20,6 +21,7 @@ from bench.gpu._cases import ALLOCATOR, GpuCase
 from bench.gpu._clock import CudaClock, DeviceLost, measure_ceilings
 from bench.gpu._passes import passes
 from bench.linear_token_stats import ONE_PASS
+from irlfast import ops
 
 
 def measure_case(case: GpuCase, device: str, settings: Settings, clock: Clock) -> list[dict[str, Any]]:
@@ -52,6 +54,14 @@ def implementation(op: str, case: GpuCase, device: str) -> str:
     return next(name for name, entry in table.items() if entry.unavailable(tensor) is None)
 
 
+def leave_out(implementations: list[str]) -> None:
+    """In this process, so that impl="auto" takes the next of each op's table."""
+    for module in pkgutil.iter_modules(ops.__path__):
+        table = getattr(importlib.import_module(f"irlfast.ops.{module.name}"), "IMPLEMENTATIONS", {})
+        for name in implementations:
+            table.pop(name, None)
+
+
 def main() -> None:
     config = json.loads(sys.argv[1])
     settings = Settings(**{**config["settings"], "skip": tuple(config["settings"]["skip"])})
@@ -62,6 +72,7 @@ def main() -> None:
         def say(**message: Any) -> None:
             print(json.dumps(message), file=out, flush=True)
 
+        leave_out(config["without"])
         clock = CudaClock()
         if config["ceilings"]:
             say(ceilings=measure_ceilings(clock))

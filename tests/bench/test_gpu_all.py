@@ -48,11 +48,11 @@ def test_every_stage_runs_and_leaves_its_log(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
-        "versions.log", "build.log", "import.log", "tests.log", "bench.log", "summary.txt",
+        "versions.log", "build.log", "import.log", "tests.log", "bench.log", "bench-triton.log", "summary.txt",
     }  # fmt: skip
     said = calls(tmp_path)
     assert "-m pip install --no-index --no-deps --no-build-isolation -e ." in said
-    assert f"-m pytest -q -m gpu -p no:cacheprovider --junitxml {out}/tests.xml tests/kernels" in said
+    assert f"-m pytest -q -m gpu -p no:cacheprovider --junitxml {out}/tests.xml tests/kernels tests/cuda" in said
     assert f"-m bench gpu --budget-minutes 2.5 --json {out}/gpu.json --plot {out}/gpu.png" in said
     assert done.stdout.splitlines()[-1] == "every stage succeeded"
     assert (out / "summary.txt").read_text().splitlines()[-1] == "every stage succeeded"

@@ -36,7 +36,7 @@ def no_waiting() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-def test_auto_takes_triton_and_never_waits(no_waiting: None) -> None:
+def test_auto_never_waits(no_waiting: None) -> None:
     logits, ref_logits, labels = inputs(8)
     logits.requires_grad_()
     temperature = torch.ones(8, device="cuda")

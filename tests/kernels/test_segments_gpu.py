@@ -95,12 +95,6 @@ def step(call: Call, inputs: Inputs) -> list[Tensor]:
     return [x.detach() for x in outputs]
 
 
-def test_auto_takes_triton() -> None:
-    inputs = make_inputs()
-    by_name = sequence_logprobs(inputs["logprobs"], impl="triton")
-    assert torch.equal(sequence_logprobs(inputs["logprobs"]), by_name)
-
-
 @pytest.mark.parametrize("name", CALLS)
 def test_nobody_waits(name: str) -> None:
     inputs = make_inputs()
