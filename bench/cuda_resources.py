@@ -1,7 +1,7 @@
 """What nvcc makes of csrc/cuda: `python -m bench.cuda_resources [--arch sm_90 ...] [--json FILE]`; needs no GPU.
 
-Compiles each source for each architecture, every warning an error, and reads the machine code: registers, bytes of stack
-and of spilled registers, shared memory, and how many loads and stores of 16 bytes a kernel has.
+Compiles each source for each architecture, every warning an error, and reads the machine code: registers, bytes of
+stack, instructions that spill registers, shared memory, and how many loads and stores of 16 bytes a kernel has.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def find_cuobjdump() -> str | None:
 
 
 def sources() -> list[Path]:
-    return sorted(CUDA.glob("*.cu")) + [CUDA / "common" / "device.cu"]
+    return [*sorted(CUDA.glob("*.cu")), CUDA / "common" / "device.cu"]
 
 
 def compile_source(source: Path, architecture: str, folder: Path) -> Path:

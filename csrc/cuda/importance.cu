@@ -112,7 +112,7 @@ IRLFAST_DEVICE LogRatios<Real> ratios_of(const ImportanceInput& input) {
 }
 
 template <typename Real>
-__global__ void __launch_bounds__(kOneGroupThreads)
+__global__ void __launch_bounds__(kOneGroupThreads, 1)
     importance_forward(ImportanceInput input, GroupLists groups, ImportanceOutput output) {
   const LogRatios<Real> log_ratio = ratios_of<Real>(input);
   IRLFAST_FOR_BLOCKS(group, groups.count) {
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kOneGroupThreads)
 // With g_k the gradient to weight k, through ess = 1 / sum w^2 too, s the shares and h that to log Z, the softmax gives
 // b_k = temper w_k (g_k - sum_j w_j g_j), 0 where the clip holds; then b_k + (h - sum_j b_j) s_k.
 template <typename Real>
-__global__ void __launch_bounds__(kOneGroupThreads)
+__global__ void __launch_bounds__(kOneGroupThreads, 1)
     importance_backward(ImportanceInput input, GroupLists groups, const void* grad_weights,
                         const void* grad_log_normalizer, const void* grad_ess, void* gradient) {
   const LogRatios<Real> log_ratio = ratios_of<Real>(input);

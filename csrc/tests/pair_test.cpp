@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "irlfast/cuda.h"
 #include "irlfast/linear_policy_ref_stats.h"
 #include "irlfast/online_divergence.h"
 #include "irlfast/token_kl.h"
@@ -107,13 +108,14 @@ void fill(Matrix<T>& logits, Matrix<T>& ref_logits, int64_t rows, int64_t vocab,
   }
 }
 
-std::string describe(Isa isa, DType dtype, int64_t vocab, int variant) {
-  return std::string(irlfast::isa_name(isa)) + " dtype " + std::to_string(int(dtype)) + " vocab " +
-         std::to_string(vocab) + " variant " + std::to_string(variant);
+std::string describe(const char* kernels, DType dtype, int64_t vocab, int variant) {
+  return std::string(kernels) + " dtype " + std::to_string(int(dtype)) + " vocab " + std::to_string(vocab) +
+         " variant " + std::to_string(variant);
 }
 
+// `cuda`: the CUDA kernels, emulated, in place of an instruction set's.
 template <typename T>
-void run_token_kl(Isa isa, DType dtype, int64_t vocab, int variant, std::mt19937& random) {
+void run_token_kl(Isa isa, bool cuda, DType dtype, int64_t vocab, int variant, std::mt19937& random) {
   const int64_t rows = 3;
   const long double tolerance = sizeof(T) == 8 ? 1e-12L : 3e-6L;
   for (int kind = 0; kind < irlfast::kDivergences; ++kind) {
@@ -138,15 +140,25 @@ void run_token_kl(Isa isa, DType dtype, int64_t vocab, int variant, std::mt19937
     Matrix<double> state(irlfast::kTokenKlState, rows, 0);
     for (int64_t row = 0; row < rows; ++row) upstream.at(0, row) = T(row == 1 ? 0.0 : 1.5 - double(row));
     const int threads = variant & 2 ? 3 : 1;
-    irlfast::token_kl_forward(input, kl.data(), state.data(), threads, isa);
+    if (cuda) {
+      irlfast::cuda::token_kl_forward(input, kl.data(), state.data(), {});
+    } else {
+      irlfast::token_kl_forward(input, kl.data(), state.data(), threads, isa);
+    }
     // The policy's gradient over its logits, or beside them.
     Matrix<T> fresh(rows, vocab, 0), ref_gradient(rows, vocab, 1);
     Matrix<T>& gradient = variant & 1 ? logits : fresh;
-    irlfast::token_kl_backward(input, state.data(), upstream.data(), {gradient.data(), gradient.layout(rows)},
-                               {ref_gradient.data(), ref_gradient.layout(rows)}, threads, isa);
+    const irlfast::TokenKlGradient of_p{gradient.data(), gradient.layout(rows)};
+    const irlfast::TokenKlGradient of_q{ref_gradient.data(), ref_gradient.layout(rows)};
+    if (cuda) {
+      irlfast::cuda::token_kl_backward(input, state.data(), upstream.data(), of_p, of_q, {});
+    } else {
+      irlfast::token_kl_backward(input, state.data(), upstream.data(), of_p, of_q, threads, isa);
+    }
     for (int64_t row = 0; row < rows; ++row) {
       const Exact& e = exact[size_t(row)];
-      const std::string name = "token_kl " + describe(isa, dtype, vocab, variant) + " kind " + std::to_string(kind);
+      const std::string name = "token_kl " + describe(cuda ? "cuda" : irlfast::isa_name(isa), dtype, vocab, variant) +
+                               " kind " + std::to_string(kind);
       const long double expected = kind == 0 ? e.reverse : kind == 1 ? e.forward : 0.3L * e.of_p + 0.7L * e.of_q;
       expect_close(kl.at(0, row), expected, tolerance, name);
       const long double g = upstream.at(0, row);
@@ -217,7 +229,7 @@ void run_chunks(Isa isa, DType dtype, int64_t vocab, int variant, std::mt19937& 
   }
   for (int64_t row = 0; row < rows; ++row) {
     const Exact& e = exact[size_t(row)];
-    const std::string name = "chunks " + describe(isa, dtype, vocab, variant);
+    const std::string name = "chunks " + describe(irlfast::isa_name(isa), dtype, vocab, variant);
     const long double g = upstream.at(0, row), h = upstream.at(1, row), u = upstream.at(2, row);
     const long double r = upstream.at(3, row), f = upstream.at(4, row);
     for (int64_t v = 0; v < vocab; ++v) {
@@ -274,10 +286,17 @@ int pair_failures(int& cases) {
           run_chunks<float>(isa, DType::kFloat32, vocab, variant, random);
           run_chunks<double>(isa, DType::kFloat64, vocab, variant, random);
         }
-        run_token_kl<float>(isa, DType::kFloat32, vocab, variant, random);
-        run_token_kl<double>(isa, DType::kFloat64, vocab, variant, random);
+        run_token_kl<float>(isa, false, DType::kFloat32, vocab, variant, random);
+        run_token_kl<double>(isa, false, DType::kFloat64, vocab, variant, random);
         cases += 4;
       }
+    }
+  }
+  for (int64_t vocab : {1, 3, 17, 131, 1000, 4093}) {
+    for (int variant = 0; irlfast::cuda::emulated() && variant < 8; ++variant) {
+      run_token_kl<float>(Isa::kBaseline, true, DType::kFloat32, vocab, variant, random);
+      run_token_kl<double>(Isa::kBaseline, true, DType::kFloat64, vocab, variant, random);
+      cases += 2;
     }
   }
   return failures;

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "irlfast/cuda.h"
 #include "irlfast/huge_pages.h"
 #include "irlfast/isa.h"
 #include "irlfast/online_softmax.h"
@@ -32,9 +33,10 @@ struct Case {
   double softcap;
   bool row_temperature, masked, inplace;
   int threads;
+  bool cuda = false;  // the CUDA kernels, emulated, in place of an instruction set's
 
   std::string name() const {
-    return std::string(irlfast::isa_name(isa)) + " dtype " + std::to_string(int(dtype)) + " rows " +
+    return std::string(cuda ? "cuda" : irlfast::isa_name(isa)) + " dtype " + std::to_string(int(dtype)) + " rows " +
            std::to_string(outer) + "x" + std::to_string(inner) + " vocab " + std::to_string(vocab) + " gap " +
            std::to_string(gap) + " labels " + std::to_string(labels_per_row) + " softcap " + std::to_string(softcap) +
            (row_temperature ? " row-temperature" : "") + (masked ? " masked" : "") + (inplace ? " inplace" : "") +
@@ -86,8 +88,12 @@ void run(const Case& c, std::mt19937& random) {
 
   Buffer logprob(rows * k * wide_bytes), entropy(rows * wide_bytes), lse(rows * wide_bytes);
   Buffer state(3 * rows * wide_bytes);
-  irlfast::token_stats_forward(input, {logprob.as<void>(), entropy.as<void>(), lse.as<void>(), state.as<void>()},
-                               c.threads, c.isa);
+  const irlfast::TokenStatsOutput output{logprob.as<void>(), entropy.as<void>(), lse.as<void>(), state.as<void>()};
+  if (c.cuda) {
+    irlfast::cuda::token_stats_forward(input, output, {});
+  } else {
+    irlfast::token_stats_forward(input, output, c.threads, c.isa);
+  }
 
   Buffer g(rows * k * wide_bytes), h(rows * wide_bytes), u(rows * wide_bytes);
   for (int64_t i = 0; i < rows * k; ++i) write(g.as<void>(), statistic, i, normal(random));
@@ -97,8 +103,13 @@ void run(const Case& c, std::mt19937& random) {
   Buffer fresh(rows * c.vocab * bytes);
   void* gradient = c.inplace ? logits.as<void>() : fresh.as<void>();
   const irlfast::RowLayout& gradient_layout = c.inplace ? layout : packed;
-  irlfast::token_stats_backward(input, state.as<void>(), {g.as<void>(), h.as<void>(), u.as<void>()},
-                                {gradient, c.dtype, gradient_layout}, c.threads, c.isa);
+  const irlfast::TokenStatsUpstream upstreams{g.as<void>(), h.as<void>(), u.as<void>()};
+  const irlfast::TokenStatsGradient result{gradient, c.dtype, gradient_layout};
+  if (c.cuda) {
+    irlfast::cuda::token_stats_backward(input, state.as<void>(), upstreams, result, {});
+  } else {
+    irlfast::token_stats_backward(input, state.as<void>(), upstreams, result, c.threads, c.isa);
+  }
 
   const long double tolerance = wide ? 1e-13L : 2e-6L;
   const long double rounding = c.dtype == DType::kBFloat16 ? 0x1p-8L : c.dtype == DType::kFloat16 ? 0x1p-11L : 0;
@@ -208,6 +219,21 @@ int main() {
       // 32 MiB of gradient, written past the caches.
       const int64_t vocab = 131, rows = (int64_t(32) << 20) / irlfast::dtype_size(DType(dtype)) / vocab + 1;
       if (dtype == 0) run({DType(dtype), isa, 1, rows, vocab, 0, 1, 0.0, false, false, false, 2}, random);
+    }
+  }
+  // Rows for one warp and for several, of fewer and of more than 16 bytes.
+  for (int dtype = 0; irlfast::cuda::emulated() && dtype < irlfast::kDTypes; ++dtype) {
+    for (int64_t vocab : {1, 3, 8, 17, 64, 131, 1000, 4093}) {
+      for (int variant = 0; variant < 8; ++variant) {
+        Case c{DType(dtype), Isa::kBaseline, 2, 3, vocab, variant & 1 ? 5 : 0, 1, 0.0, false, false, false, 1, true};
+        c.labels_per_row = variant & 2 ? 4 : 1;
+        c.row_temperature = variant & 2;
+        c.softcap = variant & 4 ? 8.0 : 0.0;
+        c.masked = variant == 1 || variant == 3;
+        c.inplace = variant == 2 || variant == 3 || variant == 5;
+        run(c, random);
+        ++cases;
+      }
     }
   }
   const int failures = expect.failures() + bf16_product_failures(cases) + linear_token_stats_failures(cases) +

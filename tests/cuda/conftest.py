@@ -1,8 +1,8 @@
 """Two ways to run a CUDA kernel: on a GPU, and in the emulation, where the same source is compiled for the CPU.
 
-The fixture `device` gives a test both: "cpu" under the mark `emulated`, which takes a native module of its own and so a
-second pytest (test_emulation.py starts it), and "cuda" on a GPU. Most tests are those of the Triton kernels, as a kernel's
-name is all that differs: reuse.py takes them from tests/kernels, and there impl="triton" is the CUDA kernel.
+The fixture `device` gives a test both: "cpu" under the mark `emulated`, which takes a native module of its own and so
+a second pytest (test_emulation.py starts it), and "cuda" on a GPU. Most tests are those of the Triton kernels, as a
+kernel's name is all that differs: reuse.py takes them from tests/kernels, and there impl="triton" is the CUDA kernel.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from irlfast import _native
 
 HERE = Path(__file__).parent
-sys.path += [str(HERE), str(HERE.parent / "kernels")]
+# The last is the checkout, for bench: at the end, so that `irlfast` is still the installed one.
+sys.path += [str(HERE), str(HERE.parent / "kernels"), str(HERE.parents[1])]
 
 EMULATED = _native.build_info()["cuda_emulated"]
 OPS = ("token_stats", "token_kl", "sequence", "importance", "policy_terms")

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from irlfast import _native
-from irlfast.ops import _cuda, importance_weights, policy_terms, sequence_logprobs, token_kl, token_logprobs, token_stats
+from irlfast.ops import (
+    _cuda,
+    importance_weights,
+    policy_terms,
+    sequence_logprobs,
+    token_kl,
+    token_logprobs,
+    token_stats,
+)
 
 ZEROS, LABELS = torch.zeros(2, 5), torch.zeros(2, dtype=torch.long)
 
@@ -25,7 +33,9 @@ CALLS: dict[str, Callable[[str], object]] = {
 @pytest.mark.parametrize("op", CALLS)
 def test_a_cpu_tensor_is_refused(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cuda, "_BUILT", True)
-    with pytest.raises(RuntimeError, match="'cuda' is not available: the tensor is on cpu, the kernel runs on GPUs of N"):
+    with pytest.raises(
+        RuntimeError, match="'cuda' is not available: the tensor is on cpu, the kernel runs on GPUs of N"
+    ):
         CALLS[op]("cuda")
 
 
@@ -48,7 +58,9 @@ def test_a_gpu_of_amd_is_no_gpu_of_nvidia(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_device_that_nothing_was_compiled_for_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     _cuda._device_problem.cache_clear()
     monkeypatch.setattr(_native, "cuda_unavailable", lambda index: "no kernel image is available")
-    assert str(_cuda._device_problem(0)).startswith("cuda:0 says: no kernel image is available; irlfast was compiled for")
+    assert str(_cuda._device_problem(0)).startswith(
+        "cuda:0 says: no kernel image is available; irlfast was compiled for"
+    )
     _cuda._device_problem.cache_clear()
 
 
@@ -71,12 +83,27 @@ def test_no_driver_means_no_devices_and_a_reason() -> None:
 def test_a_launch_that_fails_raises(dtype: torch.dtype) -> None:
     logits, labels, out = ZEROS.to(dtype), LABELS, torch.empty(2)
     code = _native.DTYPES[str(dtype).removeprefix("torch.")]
-    arguments = (logits.data_ptr(), code, (1, 2, 0, 5), 5, labels.data_ptr(), 1, -100, 1.0, 0, 0.0, out.data_ptr(), 0, 0, 0)
+    arguments = (
+        logits.data_ptr(),
+        code,
+        (1, 2, 0, 5),
+        5,
+        labels.data_ptr(),
+        1,
+        -100,
+        1.0,
+        0,
+        0.0,
+        out.data_ptr(),
+        0,
+        0,
+        0,
+    )
     if _native.build_info()["cuda_emulated"]:
         _native.cuda_token_stats_forward(*arguments, 0, 0)
         assert out.tolist() == pytest.approx([-1.609438] * 2)
         return
-    with pytest.raises(RuntimeError, match="CUDA: .* failed: |built without CUDA kernels"):
+    with pytest.raises(RuntimeError, match=r"CUDA: .* failed: |built without CUDA kernels"):
         _native.cuda_token_stats_forward(*arguments, 0, 0)
 
 

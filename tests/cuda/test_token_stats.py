@@ -49,7 +49,7 @@ def test_every_size_of_block(device: str, dtype: torch.dtype, vocab: int, make: 
 @pytest.mark.parametrize("vocab", [1, 5, 131, 1000])
 @pytest.mark.parametrize("dtype", ALL, ids=str)
 def test_rows_at_any_address(device: str, dtype: torch.dtype, vocab: int, begin: int) -> None:
-    """Before the first multiple of 16 bytes and after the last, and where the gradient lies otherwise than the logits."""
+    """Before the first multiple of 16 bytes and after the last, and where the gradient begins at another."""
     torch.manual_seed(11)
     logits = torch.randn(3, vocab + 9, device=device).to(dtype)[:, begin : begin + vocab]
     labels = torch.tensor([0, vocab // 2, vocab - 1], device=device)

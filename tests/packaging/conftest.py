@@ -37,7 +37,13 @@ def environment() -> dict[str, str]:
         name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CUDACXX", "CUDA_PATH")
     }
     # One architecture where nvcc is: what a wheel holds and links to is the same for all.
-    return {**variables, "PATH": path, "CUDAARCHS": "90-real", "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    return {
+        **variables,
+        "PATH": path,
+        "CUDAARCHS": "90-real",
+        "PIP_NO_INDEX": "1",
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    }
 
 
 @pytest.fixture(scope="session")
