@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,3 +154,14 @@ def test_copies_cover_the_bytes_with_a_buffer_that_is_bounded() -> None:
         (buffer,) = large.run()
     assert 2 * sum(copied) == 5 * COPIED_BYTES
     assert buffer.nbytes == COPIED_BYTES
+
+
+def test_an_implementation_can_be_left_out() -> None:
+    """So that "auto" takes the next; in a process of its own, whose tables it changes."""
+    code = (
+        "from bench.gpu._worker import leave_out; leave_out(['cuda']); from irlfast.ops import gae, token_stats as op; "
+        "print(*op.__globals__['IMPLEMENTATIONS'], *gae.__globals__['IMPLEMENTATIONS'])"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout.split() == ["cpu", "triton", "reference"] * 2

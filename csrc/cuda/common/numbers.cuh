@@ -133,10 +133,10 @@ IRLFAST_DEVICE double larger(double a, double b) {
   return fmax(a, b);
 }
 
-// A finite number that stands in for -inf beside an exponential that is 0 there.
+// A finite number that stands in for -inf beside an exponential that is 0 there, far enough from the largest for a factor.
 template <typename Real>
 IRLFAST_DEVICE Real lowest() {
-  return -std::numeric_limits<Real>::max();
+  return Real(sizeof(Real) == 8 ? -1e150 : -1e18);
 }
 
 template <typename Real>
