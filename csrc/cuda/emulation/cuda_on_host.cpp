@@ -25,10 +25,12 @@ struct Fiber {
 
 class Block {
  public:
-  void run(unsigned threads, const std::function<void()>& kernel) {
+  // `backwards`: from the last thread to the first until they meet for the first time.
+  void run(unsigned threads, const std::function<void()>& kernel, bool backwards) {
     while (fibers_.size() < threads) fibers_.push_back(std::make_unique<Fiber>());
     threads_ = threads;
     kernel_ = &kernel;
+    backwards_ = backwards;
     for (unsigned i = 0; i < threads; ++i) start(*fibers_[i]);
     while (!everyone_is(State::kDone)) {
       for (unsigned first = 0; first < threads; first += kWarp) run_warp(first);
@@ -132,7 +134,7 @@ void run_grid(unsigned blocks, unsigned threads, const std::function<void()>& ke
   blockDim.x = threads;
   for (unsigned i = 0; i < blocks; ++i) {
     blockIdx.x = i;
-    block().run(threads, kernel);
+    block().run(threads, kernel, i % 2 == 1);
   }
 }
 
