@@ -133,7 +133,8 @@ IRLFAST_DEVICE double larger(double a, double b) {
   return fmax(a, b);
 }
 
-// A finite number that stands in for -inf beside an exponential that is 0 there, far enough from the largest for a factor.
+// A finite number that stands in for -inf beside an exponential that is 0 there, far enough from the largest for a
+// factor.
 template <typename Real>
 IRLFAST_DEVICE Real lowest() {
   return Real(sizeof(Real) == 8 ? -1e150 : -1e18);

@@ -1,6 +1,6 @@
-// What csrc/cuda takes of CUDA C++, for a host compiler. Blocks run one after the other, and so do a block's threads, as
-// fibers: from one barrier or shuffle to the next, in an order that turns round each time and from block to block. So
-// sanitizers see every address, a barrier that part of a block never reaches is an error, and a result that hangs on
+// What csrc/cuda takes of CUDA C++, for a host compiler. Blocks run one after the other, and so do a block's threads,
+// as fibers: from one barrier or shuffle to the next, in an order that turns round each time and from block to block.
+// So sanitizers see every address, a barrier that part of a block never reaches is an error, and a result that hangs on
 // the order in which threads run differs from what another order gives. How long an operation takes is no concern here.
 #pragma once
 
