@@ -171,7 +171,7 @@ IRLFAST_DEVICE void differentiate_places(const T* from, T* to, unsigned i, int c
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks<T>)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks<T> - 1)
     token_stats_backward(TokenStatsInput input, const void* saved, TokenStatsUpstream upstream,
                          TokenStatsGradient result) {
   using Real = RealOf<T>;
