@@ -126,7 +126,7 @@ def _native_build(native: ModuleType | None, problem: str) -> Iterator[Check]:
 def _cuda_build(info: dict[str, Any]) -> dict[str, Any]:
     if info["cuda_built"]:
         return {"value": f"built by {info['cuda_compiler']} for {', '.join(info['cuda_architectures'])}"}
-    if info["cuda_emulated"]:
+    if info.get("cuda_emulated"):
         value = "emulated on the CPU, thread by thread, for tests: IRLFAST_CUDA=EMULATE"
     else:
         value = "not built: no nvcc was found when irlfast was built, or it was built with IRLFAST_CUDA=OFF"

@@ -18,7 +18,7 @@ from irlfast.ops._dispatch import DTYPE_CODES, address
 from irlfast.ops._segments_triton import layout
 
 _BUILT: bool = _native.build_info()["cuda_built"]
-_EMULATED: bool = _native.build_info()["cuda_emulated"]
+_EMULATED: bool = _native.build_info().get("cuda_emulated", False)  # a module of before it had one
 _HIP = torch.version.hip is not None
 
 
