@@ -12,22 +12,21 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import tyro
-from transformers import AutoConfig
 
 from bench import _results
 from irlfast.commands.bilevel import prepare, run_bilevel
-from irlfast.rollout import Rollouts, SGLangEngine
+from irlfast.rollout import Rollouts
 from irlfast.train import BiLevelTrainer
 from irlfast.train.log import read_log
 from irlfast.train.prefetch import Prefetch
 
-from ._runs import Setting, command, with_overlap
+from ._runs import Setting, command, start_server, with_overlap
 
 _FIGURES = ("reward_auc", "expert_token_logprob", "kl", "reward_expert", "reward_sample", "length", "repetition")
 
@@ -46,13 +45,13 @@ class Learning(Setting):
 
 @dataclass(frozen=True, kw_only=True)
 class Overlap(Setting):
-    """One server, the same iterations with and without overlap, in turn."""
+    """The same iterations with and without overlap, in turn."""
 
     json: Path
     """Where the figures go."""
-    iterations: int = 6
+    iterations: int = 5
     """Iterations of a stretch; the first is not counted."""
-    rounds: int = 3
+    rounds: int = 2
     """Stretches of each kind; figures are their medians."""
     epochs: tuple[int, ...] = (1, 6)
     """PPO epochs: how much training stands against a batch's sampling."""
@@ -61,25 +60,33 @@ class Overlap(Setting):
 def learning(options: Learning) -> dict[str, Any]:
     """Figures at the start and at the end of each run, and the gap between trainer and sampler over it."""
     rows = []
-    for seed in options.seeds:
-        engines: tuple[Literal["transformers", "sglang"], ...] = ("transformers", "sglang")
-        for engine in engines:
-            with tempfile.TemporaryDirectory() as folder:
-                out = Path(folder) / "run"
-                start = time.perf_counter()
-                run_bilevel(command(options, engine, seed, out, options.iterations))
-                evaluations = {row["iteration"]: row for row in read_log(out / "metrics.jsonl", "eval")}
-                steps = read_log(out / "metrics.jsonl", "train")
-            row: dict[str, Any] = {"seed": seed, "engine": engine, "seconds": round(time.perf_counter() - start, 1)}
-            for name in _FIGURES:
-                row[f"start/{name}"] = evaluations[0][name]
-                row[f"end/{name}"] = evaluations[options.iterations][name]
-            row["gap_mean"] = statistics.fmean(step["policy/gap_mean"] for step in steps)
-            row["gap_max"] = max(step["policy/gap_max"] for step in steps)
-            row["reward_loss_last_10"] = statistics.fmean(step["reward/loss"] for step in steps[-10:])
-            rows.append(row)
-            print(json.dumps(row), file=sys.stderr, flush=True)
+    server = start_server(options)
+    try:
+        for seed in options.seeds:
+            for engine, url in (("transformers", None), ("sglang", server.server.url)):
+                row = _learned(options, url, seed)
+                rows.append({"seed": seed, "engine": engine, **row})
+                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    finally:
+        server.close()
     return {"iterations": options.iterations, "rows": rows}
+
+
+def _learned(options: Learning, url: str | None, seed: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        start = time.perf_counter()
+        run_bilevel(command(options, url, seed, out, options.iterations))
+        evaluations = {row["iteration"]: row for row in read_log(out / "metrics.jsonl", "eval")}
+        steps = read_log(out / "metrics.jsonl", "train")
+    row = {"seconds": round(time.perf_counter() - start, 1)}
+    for name in _FIGURES:
+        row[f"start/{name}"] = evaluations[0][name]
+        row[f"end/{name}"] = evaluations[options.iterations][name]
+    row["gap_mean"] = statistics.fmean(step["policy/gap_mean"] for step in steps)
+    row["gap_max"] = max(step["policy/gap_max"] for step in steps)
+    row["reward_loss_last_10"] = statistics.fmean(step["reward/loss"] for step in steps[-10:])
+    return row
 
 
 class _Clocked:
@@ -102,14 +109,9 @@ class _Clocked:
 
 def overlap(options: Overlap) -> dict[str, Any]:
     """Samples a second and the share of time that the trainer waited, for each amount of training."""
-    config = AutoConfig.from_pretrained(options.model)
-    server = SGLangEngine(
-        options.model, eos_token_id=config.eos_token_id, pad_token_id=0, config=config, dtype="float32",
-        options=options.sglang,
-    )  # fmt: skip
     rows: list[dict[str, Any]] = []
-    run = command(options, "sglang", 0, Path("unused"), 10_000)
-    run = replace(run, sampler=replace(run.sampler, urls=(server.server.url,)))
+    server = start_server(options)
+    run = command(options, server.server.url, 0, Path("unused"), 10_000)
     try:
         for epochs in options.epochs:
             for _ in range(options.rounds):
