@@ -21,6 +21,7 @@ from irlfast.rollout import SGLangEngine, SGLangOptions
 
 sys.path.insert(0, str(Path(__file__).parent))  # the helpers beside this file
 from sglang_checks import EOS, PAD
+from stand_in import StandIn
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,12 +38,12 @@ def note(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
     if path is not None:
         from bench._results import provenance
 
-        command = "pytest tests/rollout/sglang/test_faults.py --faults-json docs/results/sglang_faults.json"
+        command = "python -m pytest tests/rollout/sglang/test_faults.py --faults-json docs/results/sglang_faults.json"
         path.write_text(json.dumps({"provenance": provenance(command), "faults": faults}, indent=1) + "\n")
 
 
 def _environment(serve: Path) -> Path:
-    """A virtual environment as `serve` makes it, under the temporary folder; one test run at a time builds it."""
+    """A virtual environment as `serve` makes it, in the user's cache folder; one test run at a time builds it."""
     requirements = serve.parent / "requirements.txt"
     stamp = re.sub(r"\W+", "-", requirements.read_text().splitlines()[0])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -77,6 +78,13 @@ def sglang_options() -> SGLangOptions:
         args="--random-seed 7 --max-running-requests 32",
         env=(f"PYTHONPATH={serve.parent / 'shim'}", "HF_HUB_OFFLINE=1", "SGLANG_CPU_OMP_THREADS_BIND=1"),
     )
+
+
+@pytest.fixture
+def stand_in() -> Iterator[StandIn]:
+    server = StandIn()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -2,72 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from stand_in import StandIn
 
 from irlfast.rollout import SamplingParams, SGLangOptions, SGLangServerEngine
 from irlfast.rollout.sglang import SGLangRefused, SGLangUnreachable
 from irlfast.rollout.sglang.replies import Generated, ModelInfo, parse
 from irlfast.rollout.sglang.sampled import Response, refuse_raw_logprobs, request, response
-
-web = pytest.importorskip("aiohttp.web")
-Answer = Callable[[str, dict[str, Any]], tuple[int, Any]]
-
-
-class StandIn:
-    """Answers every path with what `answer(path, body)` says, and notes what it was asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, dict[str, Any]]] = []
-        self.answers: dict[str, tuple[int, Any]] = {
-            "/model_info": (200, {"model_path": "m", "model_type": "llama", "weight_version": "default"}),
-            "/server_info": (200, {"version": "0.5.12", "tp_size": 2}),
-        }
-        self.url = ""
-        self._loop = asyncio.new_event_loop()
-        ready = threading.Event()
-        self._thread = threading.Thread(target=self._serve, args=(ready,), daemon=True)
-        self._thread.start()
-        ready.wait(10)
-
-    def _serve(self, ready: threading.Event) -> None:
-        async def answer(ask: Any) -> Any:
-            self.asked.append((ask.path, await ask.json() if ask.can_read_body else {}))
-            status, body = self.answers.get(ask.path, (404, {"detail": "Not Found"}))
-            if status == 0:
-                await asyncio.sleep(5)
-            return web.Response(text=body) if isinstance(body, str) else web.json_response(body, status=status)
-
-        async def start() -> None:
-            application = web.Application(client_max_size=1 << 26)
-            application.router.add_route("*", "/{path:.*}", answer)
-            self._runner = web.AppRunner(application)
-            await self._runner.setup()
-            site = web.TCPSite(self._runner, "127.0.0.1", 0)
-            await site.start()
-            self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
-            ready.set()
-
-        self._loop.run_until_complete(start())
-        self._loop.run_forever()
-
-    def close(self) -> None:
-        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(10)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-
-@pytest.fixture
-def stand_in() -> Iterator[StandIn]:
-    server = StandIn()
-    yield server
-    server.close()
 
 
 @pytest.fixture

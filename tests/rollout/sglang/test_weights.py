@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import multiprocessing
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from shard_ranks import gather
+from shard_ranks import update
+from stand_in import StandIn
 
 from irlfast.rollout.sglang.weights import ExpectedWeights, buckets, folder_shapes, policy_tensors
 
@@ -115,13 +118,29 @@ def test_buckets_hold_every_tensor_once_and_no_more_than_their_size() -> None:
     assert [[name for name, _ in run] for run in runs] == [["t0", "t1"], ["t2"], ["t3", "t4"]]
 
 
-def test_a_policy_sharded_over_two_ranks_is_gathered_whole(tmp_path: Path) -> None:
-    """Both ranks have all of it, and each of them held a part of every tensor."""
+def test_a_policy_sharded_over_two_ranks_is_gathered_and_sent_once(tmp_path: Path, stand_in: StandIn) -> None:
+    """Both ranks update an engine; each held a part of every tensor, the first sends all, and both know the version."""
+
+    def score(body: dict[str, Any]) -> tuple[int, Any]:
+        logprobs = [[None if i == 0 else -1.0, token, None] for i, token in enumerate(body["input_ids"])]
+        meta = {"finish_reason": {"type": "length"}, "input_token_logprobs": logprobs}
+        return 200, {"output_ids": [], "meta_info": meta}
+
+    stand_in.answers["/generate"] = score
+    stand_in.answers["/update_weights_from_tensor"] = (200, {"success": True})
     context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=gather, args=(rank, str(tmp_path))) for rank in (0, 1)]
+    ranks = [context.Process(target=update, args=(rank, str(tmp_path), stand_in.url)) for rank in (0, 1)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
-        rank.join(180)
+        rank.join(300)
     assert [rank.exitcode for rank in ranks] == [0, 0]
-    assert [(tmp_path / f"rank{number}").read_text() for number in (0, 1)] == ["14 True"] * 2
+    first, second = ((tmp_path / f"rank{number}").read_text().split() for number in (0, 1))
+    assert first == second
+    assert int(first[0]) == 20  # sharded tensors
+    sent = [body for path, body in stand_in.asked if path == "/update_weights_from_tensor"]
+    assert [body["weight_version"] for body in sent] == [first[1]]
+    tensors = dict(pickle.loads(base64.b64decode(sent[0]["serialized_named_tensors"][0])))  # our own
+    whole = torch.load(tmp_path / "whole.pt", weights_only=True)
+    assert tensors.keys() == whole.keys() - {"lm_head.weight"}
+    assert all(torch.equal(value, whole[name]) for name, value in tensors.items())
