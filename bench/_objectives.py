@@ -17,7 +17,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,11 @@ UPDATES: dict[str, dict[str, Any]] = {
     "grpo": {"kind": "grpo"},
     "ppo + critic": {"kind": "ppo", "advantage": "gae"},
 }
-COLUMNS = {"accuracy": "{:.3f}", "reward_auc": "{:.3f}", "kl": "{:.2f}"}
+COLUMNS = {
+    "right workings": ("accuracy", "{:.3f}"),
+    "held-out AUC": ("reward_auc", "{:.3f}"),
+    "KL, nats a response": ("kl", "{:.2f}"),
+}
 
 
 def configuration(seed: int, objective: str, update: str, iterations: int) -> BiLevelConfig:
@@ -69,6 +73,7 @@ def run(seed: int, iterations: int, out: Path) -> None:
         start = time.process_time()
         trainer = experiment.make_trainer(base, data, configuration(seed, objective, update, iterations), None)
         metrics = trainer.train()
+        shown = [name for name, _ in COLUMNS.values()]
         row = {
             "seed": seed,
             "objective": objective,
@@ -76,7 +81,7 @@ def run(seed: int, iterations: int, out: Path) -> None:
             "iterations": iterations,
             "beta": BETA[objective],
             "accuracy_before": before,
-            **{name: metrics[name] for name in (*COLUMNS, "reward_expert", "reward_sample", "entropy")},
+            **{name: metrics[name] for name in (*shown, "reward_expert", "reward_sample", "entropy")},
             "reward_pair_accuracy": experiment.reward_pair_accuracy(trainer, data, seed),
             "heldout_prompts": len(trainer.heldout),
             "cpu_seconds": round(time.process_time() - start, 1),
@@ -91,9 +96,13 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Markdown lines: mean and (lowest to highest) over the seeds of each combination."""
-    columns = {"right workings": "accuracy", "held-out AUC": "reward_auc", "KL, nats a response": "kl"}
+def table(rows: Sequence[dict[str, Any]], columns: Mapping[str, tuple[str, str]] = COLUMNS) -> list[str]:
+    """Markdown lines: mean and (lowest to highest) over the seeds of each combination.
+
+    Args:
+        rows: with objective, update and what the columns name.
+        columns: heading -> (name in a row, format); those of the demonstration.
+    """
     lines = [f"| objective | policy update | seeds | {' | '.join(columns)} |", "|---" * (3 + len(columns)) + "|"]
     for objective in OBJECTIVES:
         for update in UPDATES:
@@ -101,10 +110,10 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
             if not found:
                 continue
             cells = []
-            for name in columns.values():
+            for name, form in columns.values():
                 values = [row[name] for row in found]
-                shown = [COLUMNS[name].format(v) for v in (statistics.mean(values), min(values), max(values))]
-                cells.append(f"{shown[0]} ({shown[1]} to {shown[2]})")
+                mean, low, high = (form.format(v) for v in (statistics.mean(values), min(values), max(values)))
+                cells.append(f"{mean} ({low} to {high})")
             lines.append(f"| {objective} | {update} | {len(found)} | {' | '.join(cells)} |")
     return lines
 
