@@ -4,8 +4,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from irlfast.rollout import Rollouts, Sequences
+from irlfast.eval import toy
+from irlfast.rollout import Rollouts, SamplingParams, Sequences, TransformersEngine
+from irlfast.train import BiLevelConfig, PolicyConfig
+from irlfast.train.experience import Scored
 from irlfast.train.mismatch import EDGES, MismatchWatch, gap_metrics, version_lag
+from irlfast.train.policy_update import PolicyUpdate
 
 
 def rollouts(model_logprobs: list[list[float]], versions: list[list[int]] | None = None) -> Rollouts:
@@ -61,6 +65,41 @@ def test_growth_below_what_matters_is_not_worth_a_word_and_a_large_gap_always_is
 
 def test_a_nan_gap_is_not_passed_over() -> None:
     assert MismatchWatch().see({"gap_mean": float("nan"), "gap_max": float("nan")}) is not None
+
+
+def test_samples_drawn_ahead_are_corrected_for_unless_told_how() -> None:
+    def cap(**policy: object) -> float | None:
+        config = BiLevelConfig(overlap=1, policy=PolicyConfig(**policy))  # type: ignore[arg-type]
+        return PolicyUpdate(toy.ToyPolicy(), config).tis_cap
+
+    assert cap() == 2.0
+    assert cap(tis_cap=5.0) == 5.0
+    assert cap(icepop_band=(0.5, 5.0)) is None
+    assert PolicyUpdate(toy.ToyPolicy(), BiLevelConfig()).tis_cap is None
+    with pytest.raises(ValueError, match=r"policy.icepop_band = \(1.5, 5.0\), expected 0 <= low < 1 < high"):
+        PolicyConfig(icepop_band=(1.5, 5.0))
+    with pytest.raises(ValueError, match="overlap = -1"):
+        BiLevelConfig(overlap=-1)
+
+
+def test_a_sampler_that_is_off_is_measured_and_its_worst_tokens_left_out() -> None:
+    """One token of four is reported as if e^3 times likelier: its ratio leaves the band, and the gap shows it."""
+    torch.manual_seed(0)
+    policy = toy.ToyPolicy()
+    engine = TransformersEngine(policy, eos_token_id=toy.EOS, pad_token_id=toy.PAD)
+    true = engine.generate([[toy.BOS]], SamplingParams(max_new_tokens=4, n=64, seed=0))
+    wrong = torch.rand(true.input_ids.shape) < 0.25
+    wrong &= true.response_mask
+    shifted = torch.where(wrong, true.sampler_logprobs + 3.0, true.sampler_logprobs)
+    samples = replace(true, sampler_logprobs=shifted, model_logprobs=shifted)
+    scored = Scored(inputs=(), log_base=torch.zeros(64), base_logprobs=torch.zeros(true.input_ids.shape))
+    config = BiLevelConfig(policy=PolicyConfig(kind="ppo", icepop_band=(0.5, 5.0)))
+    metrics = PolicyUpdate(policy, config).step(samples, torch.randn(64), scored, beta=1.0, counter=0)
+    share = float(wrong.sum() / true.response_mask.sum())
+    assert metrics["icepop_fraction"] == pytest.approx(share)
+    assert metrics["gap_mean"] == pytest.approx(3.0 * share, rel=1e-4)
+    assert metrics["gap_max"] == pytest.approx(3.0, rel=1e-4)
+    assert metrics["gap_above_1"] == pytest.approx(share)
 
 
 def test_versions_are_checked_and_selected_with_their_rows() -> None:

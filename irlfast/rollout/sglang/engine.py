@@ -570,9 +570,11 @@ class SGLangEngine(SGLangServerEngine):
         )  # fmt: skip
 
     def close(self) -> None:
-        """Stop the server and delete its log."""
+        """Stop the server; its log stays if the server ever failed."""
+        failed = self.restarts > 0 or any(member.lost is not None for member in self._fleet.members)
         super().close()
-        self.server.remove_log()
+        if not failed:
+            self.server.remove_log()
 
 
 class _Read(NamedTuple):

@@ -125,7 +125,7 @@ class SGLangServer:
         process.wait()
 
     def remove_log(self) -> None:
-        """Delete the log file; it is kept where something failed."""
+        """Delete the log file."""
         self.log.unlink(missing_ok=True)
 
     def _arguments(self) -> list[str]:
