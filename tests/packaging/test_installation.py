@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +22,7 @@ logits, labels = torch.randn(3, 7, dtype=torch.float64), torch.tensor([0, 6, 3])
 ours, reference = (irlfast.ops.token_stats(logits, labels, impl=impl) for impl in ("cpu", "reference"))
 files = {module.__name__: module.__file__ for module in (irlfast, irlfast.kernels, _native)}
 error = max(float((a - b).abs().max()) for a, b in zip(ours, reference))
-print(json.dumps({"files": files, "error": error, "build": _native.build_info()}))
+print(json.dumps({"files": files, "error": error, "build": _native.build_info(), "gpus": _native.cuda_device_count()}))
 """
 
 
@@ -48,6 +50,9 @@ def test_wheel_imports_with_its_kernels(
 ) -> None:
     shown = install(wheel, env=environment)
     assert shown["error"] < 1e-12
+    # With CUDA kernels where nvcc is, and then too on a machine without a driver.
+    assert shown["build"]["cuda_built"] == (shutil.which("nvcc", path=environment["PATH"]) is not None)
+    assert shown["gpus"] == torch.cuda.device_count()
     for file in shown["files"].values():
         assert Path(file).is_relative_to(shown["prefix"])
     assert shown["files"]["irlfast.kernels"].endswith("irlfast/kernels/__init__.py")
