@@ -156,7 +156,7 @@ fi
 
 # The CUDA kernels under NVIDIA's tools, whose findings are text. A few cases: each takes far longer under them.
 if ((tests && gpu)) && has pytest; then
-  few='test_rows_at_any_address and (131 or 3-6) or test_several_labels or test_layout'
+  few='test_rows_at_any_address and 131 or test_several_labels or test_layout'
   if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
       stage "$tool" 300 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m pytest -q -m gpu -p no:cacheprovider -k "$few" tests/cuda
