@@ -433,7 +433,7 @@ def test_killed_by_the_system_and_resumed_equals_uninterrupted(tmp_path: Path) -
     def run(name: str, how: str) -> str:
         done = subprocess.run(
             [sys.executable, str(script), str(tmp_path / name), how],
-            capture_output=True, text=True, env=environment, timeout=180,
+            capture_output=True, text=True, env=environment, timeout=600,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -444,7 +444,7 @@ def test_killed_by_the_system_and_resumed_equals_uninterrupted(tmp_path: Path) -
         process = subprocess.Popen(
             [sys.executable, str(script), str(tmp_path / "run"), "start"], stderr=errors, env=environment
         )
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 600
         while process.poll() is None and time.monotonic() < deadline:
             if log.exists() and log.read_bytes().count(b"\n") >= 45:
                 break
