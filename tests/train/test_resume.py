@@ -234,6 +234,25 @@ def test_killed_by_the_system_and_resumed_equals_uninterrupted(tmp_path: Path, w
     assert_same_bits(ended, whole)
 
 
+@pytest.mark.parametrize("name", ["optimizers.pt", "policy/model.safetensors", "reward/config.json", "state.json"])
+def test_a_checkpoint_that_lost_a_byte_is_named_and_the_one_before_resumes_to_the_same_end(
+    make_trainer: Make, small_config: BiLevelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    whole = make_trainer(small_config, out=tmp_path)
+    whole.train()
+    before = rows_without_seconds(tmp_path)
+    file = tmp_path / "checkpoints" / "step-4" / name
+    file.write_bytes(file.read_bytes()[:-1])
+    resumed = make_trainer(small_config, out=tmp_path)
+    assert resumed.resume() == 2
+    assert f"damaged checkpoint refused: {file} has {file.stat().st_size} bytes" in caplog.text
+    assert "step-2, the newest whole checkpoint, instead of step-4" in caplog.text
+    resumed.train()
+    assert rows_without_seconds(tmp_path) == before
+    assert_same_bits(resumed, whole)
+    assert make_trainer(small_config, out=tmp_path).resume() == 4  # written anew, and whole
+
+
 # What resume refuses
 
 
