@@ -24,9 +24,7 @@ from .base import BaseRewardModel
 from .head import PooledRewardModel
 from .pooling import pooling_kinds
 
-_INSTEAD = (
-    "use it as a function instead: irlfast.scorer.RewardScorer in Python, or served over HTTP by `irlfast serve-reward`"
-)
+_INSTEAD = "Use it as a function instead: irlfast.scorer.RewardScorer (docs/rewards.md has one for TRL)"
 
 
 class ExportError(ValueError):

@@ -6,7 +6,7 @@ expert_rewards    raw rewards of the held-out demonstrations
 policy_rewards    raw rewards of the policy's answers to the same prompts
 rows              the best and worst of the policy's answers and the best and worst demonstrations, each with
                   source ("policy" or "demonstration"), prompt, tokens (pieces of text that join to the response),
-                  reward, and, where the reward model gives them, token_rewards and their kind (TokenRewards)
+                  their ids, reward, and, where the reward model gives them, token_rewards and their kind (TokenRewards)
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ def response_rows(
             "index": index,
             "prompt": "".join(pieces[:start]),
             "tokens": pieces[start:],
+            "ids": ids[mask].tolist(),
             "reward": _short(float(judgement.rewards[index])),
         }
         if judgement.components:

@@ -235,7 +235,7 @@ def test_a_reward_that_does_not_fit_is_refused_with_the_alternative(
     width = 34 if statistics else 32
     reward = create_reward_model({"hidden_size": width, "hidden_sizes": (), **options})
     reward.source = ReaderConfig(token_statistics=statistics)
-    with pytest.raises(ExportError, match=message + ".*RewardScorer in Python, or served .* by `irlfast serve-reward`"):
+    with pytest.raises(ExportError, match=message + r".*Use it as a function instead: irlfast\.scorer\.RewardScorer"):
         export_sequence_classifier(reward, tmp_path, tokenizer, make_lm("llama"))
     assert not list(tmp_path.iterdir())
 

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from irlfast.rewards import TrajectoryRewardModel
+from irlfast.data import DataError, Demonstration
+from irlfast.rewards import ReaderConfig, TrajectoryRewardModel, create_reward_model
+from irlfast.scorer import RewardScorer
 from irlfast.train.monitors import RULES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
@@ -30,6 +32,24 @@ def test_the_example_trains_a_reward_and_brings_it_back(tmp_path: Path, monkeypa
     served, good = names["served"], names["good"]
     assert float(served[good].min()) > float(served[~good].max())
     assert names["tokens"].kind == "mean"
+
+
+def test_the_function_for_trl_gives_a_reward_or_none(
+    make_lm: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reward = create_reward_model({"hidden_size": 32, "pooling": "mean"}).eval()
+    reward.source = ReaderConfig(token_statistics=False)
+    reward.normalizer.update(torch.tensor([-1.0, 3.0]))
+    scorer = RewardScorer(reward, tokenizer, make_lm("llama"))
+    monkeypatch.setattr(RewardScorer, "from_pretrained", lambda folder: scorer)
+    names: dict[str, Any] = {}
+    exec(compile(blocks("python")[2], "rewards.md", "exec"), names)
+    got = names["learned_reward"](prompts=["w1 w2", "w3", "w4"], completions=[" w5", "", " w6 w7"], trainer_state=None)
+    assert got[1] is None
+    want = scorer.score([Demonstration(prompt="w4", response=" w6 w7")], tokens=True)[0]
+    assert not isinstance(want, DataError)
+    assert got[2] == pytest.approx(want.normalised, abs=1e-6)
+    assert want.tokens[-1].strip() == "</s>"
 
 
 def test_its_commands_and_rules_are_the_real_ones() -> None:

@@ -4,7 +4,7 @@ import os
 import pytest
 import torch
 
-from irlfast.rewards import RewardModel, RewardModelConfig, storage
+from irlfast.rewards import ReaderConfig, RewardModel, RewardModelConfig, load_reward_model, storage
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -76,6 +76,43 @@ def test_a_missing_file_is_named(tmp_path, name):
     (tmp_path / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"{name} is missing"):
         RewardModel.from_pretrained(tmp_path)
+
+
+def test_a_model_of_format_1_is_still_read(tmp_path):
+    """As irlfast 0.1.0 wrote it before there were other kinds: neither model_type nor source, in header and weights."""
+    model = trained(output_bound=3.0)
+    config = {
+        "hidden_size": 5,
+        "hidden_sizes": [128],
+        "pooling": ["last", "mean"],
+        "activation": "gelu",
+        "dropout": 0.0,
+        "layer_norm": False,
+        "bias": True,
+        "output_bound": 3.0,
+    }
+    header = json.dumps({"format": 1, "irlfast_version": "0.1.0", "config": config}, indent=2, sort_keys=True)
+    (tmp_path / "config.json").write_text(header)
+    safetensors.save_file(model.state_dict(), tmp_path / "model.safetensors", metadata={"irlfast": header})
+    back = load_reward_model(tmp_path)
+    assert type(back) is RewardModel
+    assert back.source is None
+    assert torch.equal(rewards(back), rewards(model))
+
+
+def test_what_it_reads_is_saved_with_it(tmp_path):
+    model = trained()
+    model.source = ReaderConfig(model="owner/name", layer=3, token_statistics=False, weights="0123456789abcdef")
+    model.save_pretrained(tmp_path)
+    assert load_reward_model(tmp_path).source == model.source
+
+
+def test_an_unknown_kind_is_refused(tmp_path):
+    trained().save_pretrained(tmp_path)
+    header = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**header, "model_type": "oracle"}))
+    with pytest.raises(ValueError, match=r"config.json: 'oracle' is no kind of reward model"):
+        load_reward_model(tmp_path)
 
 
 def test_a_newer_format_is_refused(tmp_path):

@@ -50,6 +50,7 @@ def test_the_best_and_worst_are_kept_in_order_and_none_twice() -> None:
         "index": 2,
         "prompt": "<4>",
         "tokens": ["<2>", "<3>"],
+        "ids": [2, 3],
         "reward": 3.0,
         "components": {"style": 2.0},
         "token_rewards": [2.0, 3.0],
