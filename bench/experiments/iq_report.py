@@ -71,7 +71,7 @@ def grouped(runs: Sequence[Run], key: Callable[[Run], tuple[str, ...]]) -> dict[
 def language_table(task: str) -> str:
     columns = dict(LANGUAGE)
     if task == "gsm8k":
-        columns["exact match"] = "task@1"
+        columns |= {"ended": "stopped@1", "exact match": "task@1"}
     runs = grouped(read(task), lambda run: (run["method"],))
     return table(runs, ["method"], columns)
 
