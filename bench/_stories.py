@@ -32,10 +32,10 @@ from ._objectives import BETA, OBJECTIVES, UPDATES, read, table
 
 HELDOUT, PROMPT_TOKENS, NEW_TOKENS = 128, 32, 32
 COLUMNS = {
-    "held-out AUC, start": ("auc_start", "{:.3f}"),
-    "end": ("reward_auc", "{:.3f}"),
-    "log-prob of a real token, start": ("logprob_start", "{:.4f}"),
-    "end ": ("expert_token_logprob", "{:.4f}"),
+    "held-out AUC at the start": ("auc_start", "{:.3f}"),
+    "at the end": ("reward_auc", "{:.3f}"),
+    "log-prob of a real token at the start": ("logprob_start", "{:.3f}"),
+    "after training": ("expert_token_logprob", "{:.3f}"),
     "KL, nats a response": ("kl", "{:.2f}"),
 }
 

@@ -1,4 +1,4 @@
-"""The runs on real stories: their configurations, and what a run leaves."""
+"""The runs on real stories: their configurations, what a run leaves, and their table in docs/results.md."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import pytest
 pytest.importorskip("transformers")
 
 from bench import _objectives, _stories
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "results" / "objectives_stories.jsonl"
 
 
 def test_every_combination_has_a_configuration() -> None:
@@ -30,3 +33,12 @@ def test_a_run_starts_from_the_model_and_leaves_a_row(shared_data: Path) -> None
     unseen = {row.prompt_ids for row in start.heldout}
     assert not any(row.prompt_ids in unseen for row in start.demonstrations)
     assert len(_objectives.table(rows, _stories.COLUMNS)) == 4
+
+
+def test_the_page_shows_the_committed_rows() -> None:
+    rows = _objectives.read(RESULTS)
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert "\n".join(_objectives.table(rows, _stories.COLUMNS)) in page
+    combinations = {(row["objective"], row["update"]) for row in rows}
+    assert len(combinations) == len(_objectives.OBJECTIVES) * len(_objectives.UPDATES)
+    assert len({(row["seed"], row["objective"], row["update"]) for row in rows}) == len(rows)
