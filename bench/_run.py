@@ -35,9 +35,13 @@ MALLOC_ENVIRONMENT: dict[str, dict[str, str]] = {
 Lot = tuple[str, list[Case]]  # allocator setting, cases of one op, line and shape
 
 
+# Modules of this package that are commands of their own.
+_COMMANDS = ("table", "cuda_resources")
+
+
 def op_modules() -> list[str]:
     """Names of the modules of this package that declare cases, or will: all but commands and what is private."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py") if path.stem != "table")
+    return sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py") if path.stem not in _COMMANDS)
 
 
 def shape_of(text: str) -> tuple[int, ...]:
