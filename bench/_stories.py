@@ -43,7 +43,7 @@ COLUMNS = {
 def configuration(seed: int, objective: str, update: str, iterations: int) -> BiLevelConfig:
     """Small steps; KL to the start model; the reward warmed up first."""
     policy = PolicyConfig(
-        kind="ppo", epochs=2, minibatches=2, optimizer=OptimizerConfig(lr=5e-4, warmup_steps=4, schedule="linear")
+        kind="ppo", epochs=2, minibatches=2, optimizer=OptimizerConfig(lr=1e-4, warmup_steps=4)
     )
     reward = RewardConfig(objective=objective, optimizer=OptimizerConfig(lr=2e-3, weight_decay=0.1))
     return BiLevelConfig(
@@ -134,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--iterations", type=int, default=12)
+    parser.add_argument("--iterations", type=int, default=30)
     parser.add_argument("--out", type=Path, default=Path("docs/results/objectives_stories.jsonl"))
     parser.add_argument("--table", action="store_true", help="print the table of --out and run nothing")
     arguments = parser.parse_args()
