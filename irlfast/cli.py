@@ -1,4 +1,4 @@
-"""The ``irlfast`` command: `demo`, `bilevel`, `score`, `report`, `doctor`.
+"""The ``irlfast`` command: `irlfast --help` lists its subcommands.
 
 Each subcommand is one configuration class and one function.
 """
