@@ -42,9 +42,7 @@ COLUMNS = {
 
 def configuration(seed: int, objective: str, update: str, iterations: int) -> BiLevelConfig:
     """Small steps; KL to the start model; the reward warmed up first."""
-    policy = PolicyConfig(
-        kind="ppo", epochs=2, minibatches=2, optimizer=OptimizerConfig(lr=1e-4, warmup_steps=4)
-    )
+    policy = PolicyConfig(kind="ppo", epochs=2, minibatches=2, optimizer=OptimizerConfig(lr=1e-4, warmup_steps=4))
     reward = RewardConfig(objective=objective, optimizer=OptimizerConfig(lr=2e-3, weight_decay=0.1))
     return BiLevelConfig(
         iterations=iterations,
