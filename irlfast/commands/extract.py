@@ -20,10 +20,10 @@ from irlfast.rewards import ReaderConfig, RewardModel, RewardModelConfig
 from irlfast.rewards.reader import weights_digest
 from irlfast.train.answers import Answers, ReadingConfig, read_answers
 from irlfast.train.config import require
-from irlfast.train.extraction import ExtractionConfig, ExtractionTrainer, score_answers
+from irlfast.train.extraction import ExtractionConfig, ExtractionTrainer, score_answers, shuffled_pairs
 from irlfast.train.extraction_plots import plot_extraction
 from irlfast.train.extraction_report import HeldOut, identifiability, ranking_report
-from irlfast.train.seeds import derive_seed, permutation
+from irlfast.train.seeds import derive_seed
 
 from .language_model import load_language_model
 
@@ -83,7 +83,7 @@ class ExtractCommand:
     rival: bool = False
     """Also report a logistic regression on TF-IDF weights, learned from the same pairs (scikit-learn)."""
     shuffle_labels: bool = False
-    """Learn from pairs turned round at random: a check that must end at chance."""
+    """Learn from, and choose by, pairs turned round at random: a check that must end at chance."""
     also: tuple[str, ...] = ()
     """Further files to report on without training on them, FILE or FILE:SCORE_FIELD: a tenth of their rows fits the
     threshold of F1, the others are test rows."""
@@ -189,14 +189,10 @@ class _Run:
 
 def _train(command: ExtractCommand, answers: Answers, splits: Splits[Preference], reader: _Reader) -> list[_Run]:
     """One reward a seed."""
-    train, kept = answers.pairs(splits.train)
+    train, validation = (answers.pairs(rows)[0] for rows in (splits.train, splits.validation))
     if command.shuffle_labels:
-        turned = torch.tensor(permutation(len(kept), command.train.seed, "shuffled labels", 0)) % 2 == 0
-        train = train._replace(
-            chosen=torch.where(turned, train.rejected, train.chosen),
-            rejected=torch.where(turned, train.chosen, train.rejected),
-        )
-    validation, _ = answers.pairs(splits.validation)
+        # Validation pairs too: the pass that is kept would otherwise be chosen by true labels.
+        train, validation = (shuffled_pairs(pairs, command.train.seed) for pairs in (train, validation))
     options, runs = command.reward, []
     for seed in range(command.train.seed, command.train.seed + command.seeds):
         torch.manual_seed(derive_seed(seed, "reward", 0))

@@ -8,12 +8,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from irlfast.data import DataError, Demonstration, load_demonstrations
 from irlfast.iq_scorer import load_scorer
 from irlfast.scorer import TextForm
 from irlfast.train.config import require
+
+from .language_model import pick_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +52,7 @@ class ScoreCommand:
 
 def run_score(command: ScoreCommand) -> int:
     """Score every row; a row that cannot be judged says why under "error", and the exit status is then 1."""
-    device = command.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(command.device)
     rows = load_demonstrations(command.input, limit=command.limit)
     scorer = load_scorer(command.reward, model=command.model, device=device, batch_size=command.batch_size)
     scorer.form = _form(command, scorer.form)

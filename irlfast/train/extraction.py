@@ -202,6 +202,15 @@ def score_answers(reward: PooledRewardModel, answers: Answers) -> Tensor:
         return reward.head(reward.standardise(answers.features.to(reward.feature_mean.device))).cpu()
 
 
+def shuffled_pairs(pairs: Pairs, seed: int) -> Pairs:
+    """A random half of the pairs the other way round: nothing is left in them to learn."""
+    turned = torch.tensor(permutation(len(pairs.chosen), seed, "shuffled labels", 0)) % 2 == 0
+    return pairs._replace(
+        chosen=torch.where(turned, pairs.rejected, pairs.chosen),
+        rejected=torch.where(turned, pairs.chosen, pairs.rejected),
+    )
+
+
 def _distinct(rows: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
     """Each (row, prompt) once."""
     both = torch.unique(torch.stack([rows, prompts]), dim=1)
