@@ -184,7 +184,7 @@ def _implementations() -> Iterator[Check]:
 
 def _self_checks(native: ModuleType) -> Iterator[Check]:
     """token_stats, compiled for each instruction set that runs here, against the float64 reference."""
-    from irlfast.ops.token_stats import backward_cpu, forward_cpu, token_stats_reference
+    from irlfast.ops.token_stats import as_op, backward_cpu, statistics_cpu, token_stats_reference
 
     generator = torch.Generator().manual_seed(0)
     rows, vocab = 5, 4093  # neither a multiple of any vector's length
@@ -196,7 +196,7 @@ def _self_checks(native: ModuleType) -> Iterator[Check]:
     (exact_gradient,) = torch.autograd.grad(reference, wide, upstream.double())
     exact = reference.detach()
     for isa in native.build_info()["isas_usable"]:
-        *statistics, state = forward_cpu(logits, labels, None, 1.0, 0.0, -100, True, isa=isa)
+        *statistics, state = as_op(statistics_cpu)(logits, labels, None, 1.0, 0.0, -100, True, isa=isa)
         gradient = backward_cpu(logits, labels, None, 1.0, 0.0, -100, state, *upstream, isa=isa)
         error = float((torch.stack(statistics) - exact).abs().max())
         gradient_error = float((gradient - exact_gradient).abs().max())

@@ -70,13 +70,13 @@ def test_a_native_module_of_another_version_fails(monkeypatch: pytest.MonkeyPatc
 
 def test_wrong_statistics_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["irlfast.ops.token_stats"]
-    right = module.forward_cpu
+    right = module.statistics_cpu
 
-    def wrong(*args: Any, isa: str) -> Any:
-        logprob, *rest = right(*args, isa=isa)
+    def wrong(*args: Any, isa: str, with_state: bool) -> Any:
+        logprob, *rest = right(*args, isa=isa, with_state=with_state)
         return (logprob + (1e-3 if isa == "baseline" else 0.0), *rest)
 
-    monkeypatch.setattr(module, "forward_cpu", wrong)
+    monkeypatch.setattr(module, "statistics_cpu", wrong)
     assert failed() == ["token_stats (baseline)"]
 
 

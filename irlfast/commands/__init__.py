@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -21,54 +21,15 @@ from .tune import TuneCommand, run_tune
 Subcommand = Callable[[], int]
 
 
-def _bilevel(command: Annotated[BiLevelCommand, tyro.conf.arg(name="")]) -> Subcommand:
-    """Learn a reward from demonstrations while a language model is trained on it."""
-    return lambda: run_bilevel(command)
+def _subcommand(configuration: type[Any], run: Callable[[Any], int]) -> Callable[..., Subcommand]:
+    """From the options of a configuration class, whose docstring says what the command does, to the action."""
 
+    def make(command: Any) -> Subcommand:
+        return lambda: run(command)
 
-def _demo(command: Annotated[DemoCommand, tyro.conf.arg(name="")]) -> Subcommand:
-    """Train a small language model on arithmetic and teach it care by inverse RL: about 3 minutes, no file needed."""
-    return lambda: run_demo(command)
-
-
-def _iq(command: Annotated[IQCommand, tyro.conf.arg(name="")]) -> Subcommand:
-    """Fine-tune a language model from demonstrations by IQ-Learn; its logits then hold a reward for each token."""
-    return lambda: run_iq(command)
-
-
-def _data(command: Annotated[DataCommand, tyro.conf.arg(name="")]) -> Subcommand:
-    """Write a public data set as a file of prompt/response rows."""
-    return lambda: run_data(command)
-
-
-def _report(command: Annotated[ReportCommand, tyro.conf.arg(name="")]) -> Subcommand:
-    """Write one self-contained HTML page of a run: curves, warnings, reward histograms, best and worst samples."""
-    return lambda: run_report(command)
-
-
-def _score(command: Annotated[ScoreCommand, tyro.conf.arg(name="")]) -> Subcommand:
-    """Score new text by a learned reward: raw, normalised, and token by token where the reward model gives that."""
-    return lambda: run_score(command)
-
-
-def _extract(command: Annotated[ExtractCommand, tyro.conf.arg(name="")]) -> Subcommand:
-    """Learn the reward behind pairs of answers, and say on test pairs how good it is."""
-    return lambda: run_extract(command)
-
-
-def _pairs(command: Annotated[PairsCommand, tyro.conf.arg(name="")]) -> Subcommand:
-    """Sample a tuned model and its base on the same prompts: the pairs that its reward is extracted from."""
-    return lambda: run_pairs(command)
-
-
-def _pipeline(command: Annotated[PipelineCommand, tyro.conf.arg(name="")]) -> Subcommand:
-    """Tune on a known reward, extract it from samples, tune a fresh model on what was extracted: the whole chain."""
-    return lambda: run_pipeline(command)
-
-
-def _tune(command: Annotated[TuneCommand, tyro.conf.arg(name="")]) -> Subcommand:
-    """Fine-tune a language model on a given reward, held near its start by a KL."""
-    return lambda: run_tune(command)
+    make.__doc__ = configuration.__doc__
+    make.__annotations__ = {"command": Annotated[configuration, tyro.conf.arg(name="")], "return": Subcommand}
+    return make
 
 
 def _doctor() -> Subcommand:
@@ -79,15 +40,15 @@ def _doctor() -> Subcommand:
 
 
 SUBCOMMANDS: dict[str, Callable[..., Subcommand]] = {
-    "demo": _demo,
-    "bilevel": _bilevel,
-    "iq": _iq,
-    "data": _data,
-    "report": _report,
-    "score": _score,
-    "tune": _tune,
-    "pairs": _pairs,
-    "extract": _extract,
-    "pipeline": _pipeline,
+    "demo": _subcommand(DemoCommand, run_demo),
+    "bilevel": _subcommand(BiLevelCommand, run_bilevel),
+    "iq": _subcommand(IQCommand, run_iq),
+    "data": _subcommand(DataCommand, run_data),
+    "report": _subcommand(ReportCommand, run_report),
+    "score": _subcommand(ScoreCommand, run_score),
+    "tune": _subcommand(TuneCommand, run_tune),
+    "pairs": _subcommand(PairsCommand, run_pairs),
+    "extract": _subcommand(ExtractCommand, run_extract),
+    "pipeline": _subcommand(PipelineCommand, run_pipeline),
     "doctor": _doctor,
 }

@@ -16,7 +16,8 @@ from irlfast.train.seeds import derive_seed
 
 @dataclass(frozen=True, kw_only=True)
 class DemoCommand:
-    """Train a small language model on arithmetic, then teach it care by inverse RL from right workings alone."""
+    """Train a small language model on arithmetic, then teach it care by inverse RL from right workings alone: about 3
+    minutes, no file needed."""
 
     out: Path
     """Folder for summary.json, report.html, metrics.jsonl and checkpoints/; must not hold an earlier run."""

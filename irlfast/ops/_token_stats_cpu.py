@@ -17,9 +17,6 @@ from irlfast import _native
 from irlfast.memory import WARM_FROM, warm_empty
 from irlfast.ops._dispatch import DTYPE_CODES, address, as_rows, row_layout, statistics_dtype
 
-# logprob, entropy, lse and what the gradient needs of each row, [3, rows].
-Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
-
 
 def statistics_cpu(
     logits: Tensor,
@@ -73,28 +70,6 @@ def statistics_cpu(
         torch.get_num_threads(),
         isa,
     )
-    return logprob, entropy, lse, state
-
-
-def forward_cpu(
-    logits: Tensor,
-    labels: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
-    with_distribution: bool,
-    inplace_backward: bool = False,
-    *,
-    isa: str = "auto",
-) -> Statistics:
-    """The registered op: a tensor [0] for what is not asked for; `inplace_backward` concerns autograd alone."""
-    logprob, entropy, lse, state = statistics_cpu(
-        logits, labels, row_temperature, temperature, softcap, ignore_index, with_distribution, with_state=True, isa=isa
-    )
-    assert state is not None
-    if entropy is None or lse is None:
-        return logprob, logprob.new_empty(0), logprob.new_empty(0), state
     return logprob, entropy, lse, state
 
 

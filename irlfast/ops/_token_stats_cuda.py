@@ -60,26 +60,6 @@ def statistics_cuda(
     return logprob, entropy, lse, state
 
 
-def forward_cuda(
-    logits: Tensor,
-    labels: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
-    with_distribution: bool,
-    inplace_backward: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The registered op: a tensor [0] for what is not asked for; `inplace_backward` concerns autograd alone."""
-    logprob, entropy, lse, state = statistics_cuda(
-        logits, labels, row_temperature, temperature, softcap, ignore_index, with_distribution, with_state=True
-    )
-    assert state is not None
-    if entropy is None or lse is None:
-        return logprob, logprob.new_empty(0), logprob.new_empty(0), state
-    return logprob, entropy, lse, state
-
-
 def backward_cuda(
     logits: Tensor,
     labels: Tensor,

@@ -6,12 +6,15 @@ What they compute, and the derivative, is registered in token_stats.py, beside t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from irlfast.ops._dispatch import LIBRARY, statistics_dtype
-from irlfast.ops._token_stats_cpu import Statistics
+
+# logprob, entropy, lse and what the gradient needs of each row, [3, rows].
+Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
 
 # Labels are int64, [...] or [..., K]; row_temperature, where given, replaces temperature, one a row, contiguous in the
 # statistics' type; softcap 0 means none. Besides logprob it returns entropy and lse ([0] unless with_distribution), and
@@ -29,6 +32,44 @@ LIBRARY.define(
     "float softcap, int ignore_index, Tensor state, Tensor? grad_logprob, Tensor? grad_entropy, Tensor? grad_lse)"
     " -> ()"
 )
+
+
+def as_op(
+    statistics: Callable[..., tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]],
+) -> Callable[..., Statistics]:
+    """A forward pass as the registered op: always with the state, and a tensor [0] for what is not asked for.
+
+    `inplace_backward` concerns autograd alone.
+    """
+
+    def forward(
+        logits: Tensor,
+        labels: Tensor,
+        row_temperature: Tensor | None,
+        temperature: float,
+        softcap: float,
+        ignore_index: int,
+        with_distribution: bool,
+        inplace_backward: bool = False,
+        **options: str,
+    ) -> Statistics:
+        logprob, entropy, lse, state = statistics(
+            logits,
+            labels,
+            row_temperature,
+            temperature,
+            softcap,
+            ignore_index,
+            with_distribution,
+            with_state=True,
+            **options,
+        )
+        assert state is not None
+        if entropy is None or lse is None:
+            return logprob, logprob.new_empty(0), logprob.new_empty(0), state
+        return logprob, entropy, lse, state
+
+    return forward
 
 
 def _forward_fake(

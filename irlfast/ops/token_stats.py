@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
 
-from irlfast.ops import _token_stats_op  # noqa: F401  defines the ops implemented below
 from irlfast.ops._cuda import cuda_unavailable, on_gpu
 from irlfast.ops._dispatch import (
     LIBRARY,
@@ -37,21 +36,19 @@ from irlfast.ops._token_stats_cpu import (
     backward_cpu,
     backward_over_logits,
     check_row_temperature,
-    forward_cpu,
     raise_label,
     statistics_cpu,
 )
 from irlfast.ops._token_stats_cuda import (
     backward_cuda,
     backward_over_logits_cuda,
-    forward_cuda,
     statistics_cuda,
 )
+from irlfast.ops._token_stats_op import as_op
 from irlfast.ops._token_stats_parallel import token_stats_over_group
 from irlfast.ops._token_stats_triton import (
     backward_over_logits_triton,
     backward_triton,
-    forward_triton,
     statistics_triton,
 )
 from irlfast.ops._triton import triton_unavailable
@@ -179,10 +176,10 @@ class _TokenStats(torch.autograd.Function):
 # Function.apply without what it does in Python for torch.func, whose transforms never come here.
 _apply_token_stats: Callable[..., tuple[Any, ...]] = super(torch.autograd.Function, _TokenStats).apply
 
-LIBRARY.impl("token_stats", forward_cpu, "CPU")
+LIBRARY.impl("token_stats", as_op(statistics_cpu), "CPU")
 LIBRARY.impl("token_stats_backward", backward_cpu, "CPU")
 LIBRARY.impl("token_stats_backward_", backward_over_logits, "CPU")
-LIBRARY.impl("token_stats", on_gpu(forward_cuda, forward_triton), "CUDA")
+LIBRARY.impl("token_stats", on_gpu(as_op(statistics_cuda), as_op(statistics_triton)), "CUDA")
 LIBRARY.impl("token_stats_backward", on_gpu(backward_cuda, backward_triton), "CUDA")
 LIBRARY.impl("token_stats_backward_", on_gpu(backward_over_logits_cuda, backward_over_logits_triton), "CUDA")
 torch.library.register_autograd("irlfast::token_stats", _backward, setup_context=_setup_context, lib=LIBRARY)

@@ -13,13 +13,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from irlfast import _native
 from irlfast.ops import TokenStats, token_logprobs, token_stats, token_stats_reference
-from irlfast.ops._token_stats_cpu import backward_cpu, forward_cpu
+from irlfast.ops._token_stats_cpu import backward_cpu, statistics_cpu
+from irlfast.ops._token_stats_op import as_op
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # 1 and 7: shorter than a vector; 4093: ragged against every vector and block; 32000: whole blocks; 50257, 151936: more
 # than one piece of 32768, ragged and whole.
 VOCABULARIES = [1, 7, 4093, 32000, 50257, 151936]
 ISAS = _native.build_info()["isas_usable"]
+
+forward_cpu = as_op(statistics_cpu)
 
 
 def random_logits(rows: int, vocab: int, dtype: torch.dtype) -> Tensor:
