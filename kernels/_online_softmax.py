@@ -74,12 +74,6 @@ def online_softmax_shift(logit, max, scale):
 
 
 @triton.jit
-def online_softmax_term(shift):
-    """exp2(x) x, exactly 0 where exp2(x) is."""
-    return tl.exp2(shift) * tl.maximum(shift, _NOTHING)
-
-
-@triton.jit
 def online_softmax_of(logits, scale, axis: tl.constexpr, WEIGHTED: tl.constexpr):
     """Summary (max, others, weighted) of logits along an axis; scale broadcasts to them. weighted is 0 unless asked."""
     top = tl.max(logits, axis)
