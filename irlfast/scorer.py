@@ -109,15 +109,19 @@ class TextScorer(ABC):
             A Score for each row, or the DataError that says why it cannot be judged.
         """
         tokenized = [self._tokenize(row, empty_responses) for row in rows]
-        ready = [(index, row) for index, row in enumerate(tokenized) if not isinstance(row, DataError)]
+        scores = iter(self.score_tokenized([row for row in tokenized if not isinstance(row, DataError)], tokens=tokens))
+        return [row if isinstance(row, DataError) else next(scores) for row in tokenized]
+
+    def score_tokenized(self, rows: Sequence[TokenizedDemonstration], *, tokens: bool = False) -> list[Score]:
+        """Score rows that are token ids already, in their order and in batches of like length; `tokens` as in `score`."""
         # Rows of like length share a batch: less padding.
-        ready.sort(key=lambda item: len(item[1].prompt_ids) + len(item[1].response_ids))
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt_ids) + len(rows[i].response_ids))
         scores: dict[int, Score] = {}
-        for low in range(0, len(ready), self.batch_size):
-            part = ready[low : low + self.batch_size]
-            answers = self.score_tokens([row for _, row in part], tokens=tokens)
-            scores.update(zip((index for index, _ in part), answers, strict=True))
-        return [row if isinstance(row, DataError) else scores[index] for index, row in enumerate(tokenized)]
+        for low in range(0, len(order), self.batch_size):
+            part = order[low : low + self.batch_size]
+            answers = self.score_tokens([rows[i] for i in part], tokens=tokens)
+            scores.update(zip(part, answers, strict=True))
+        return [scores[i] for i in range(len(rows))]
 
     @abstractmethod
     def score_tokens(self, rows: Sequence[TokenizedDemonstration], *, tokens: bool = False) -> Iterator[Score]:

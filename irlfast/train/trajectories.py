@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from irlfast.data import DataError, load_demonstrations, tokenize_demonstrations
+from irlfast.data import DataError, TokenizedDemonstration, load_demonstrations, tokenize_demonstrations
 from irlfast.rewards import ReaderConfig, read
 from irlfast.rollout import Rollouts, Sequences
 
@@ -246,26 +246,40 @@ def _trajectory(row: Any, where: str, eos_token_id: int | None) -> Trajectory:
     return Trajectory(hidden_states=hidden, actions=actions, group=None if group is None else int(group))
 
 
-@torch.no_grad()
 def _read_text(
     source: str | Path, tokenizer: Any, model: nn.Module, max_response_tokens: int, token_statistics: bool
 ) -> list[Trajectory]:
-    reader = ReaderConfig(model="", token_statistics=token_statistics)
-    parameter = next(model.parameters())
     demonstrations = tokenize_demonstrations(
         load_demonstrations(source), tokenizer, max_response_tokens=max_response_tokens
     )
     prompts: dict[tuple[int, ...], int] = {}
-    rows = []
+    groups = [prompts.setdefault(row.prompt_ids, len(prompts)) for row in demonstrations]
+    return read_trajectories(demonstrations, groups, model, token_statistics=token_statistics)
+
+
+@torch.no_grad()
+def read_trajectories(
+    rows: Sequence[TokenizedDemonstration],
+    groups: Sequence[int | None],
+    model: nn.Module,
+    *,
+    token_statistics: bool,
+) -> list[Trajectory]:
+    """Responses as a reward sees them: the model's last hidden states at their tokens, on the CPU.
+
+    Args:
+        rows: prompts and responses as token ids.
+        groups: each row's prompt.
+        model: the causal language model that is read, one row at a time.
+        token_statistics: put each token's log-prob and entropy beside its state.
+    """
+    reader = ReaderConfig(model="", token_statistics=token_statistics)
+    device = next(model.parameters()).device
     model.eval()
-    for row in demonstrations:
-        one = Sequences.from_token_lists([list(row.prompt_ids)], [list(row.response_ids)], 0).to(parameter.device)
+    found = []
+    for row, group in zip(rows, groups, strict=True):
+        one = Sequences.from_token_lists([list(row.prompt_ids)], [list(row.response_ids)], 0).to(device)
         states = read(model, one.input_ids, one.attention_mask, one.response_mask, reader).hidden_states
-        rows.append(
-            Trajectory(
-                hidden_states=states[one.response_mask].float().cpu(),
-                actions=torch.tensor(row.response_ids),
-                group=prompts.setdefault(row.prompt_ids, len(prompts)),
-            )
-        )
-    return rows
+        response = states[one.response_mask].float().cpu()
+        found.append(Trajectory(hidden_states=response, actions=torch.tensor(row.response_ids), group=group))
+    return found
