@@ -113,7 +113,7 @@ class TextScorer(ABC):
         return [row if isinstance(row, DataError) else next(scores) for row in tokenized]
 
     def score_tokenized(self, rows: Sequence[TokenizedDemonstration], *, tokens: bool = False) -> list[Score]:
-        """Score rows that are token ids already, in their order and in batches of like length; `tokens` as in `score`."""
+        """Score rows that are token ids already, in their order; `tokens` as in `score`."""
         # Rows of like length share a batch: less padding.
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt_ids) + len(rows[i].response_ids))
         scores: dict[int, Score] = {}

@@ -264,22 +264,29 @@ def read_trajectories(
     model: nn.Module,
     *,
     token_statistics: bool,
+    batch_size: int = 1,
 ) -> list[Trajectory]:
     """Responses as a reward sees them: the model's last hidden states at their tokens, on the CPU.
 
     Args:
         rows: prompts and responses as token ids.
         groups: each row's prompt.
-        model: the causal language model that is read, one row at a time.
+        model: the causal language model that is read.
         token_statistics: put each token's log-prob and entropy beside its state.
+        batch_size: rows of like length in one pass.
     """
     reader = ReaderConfig(model="", token_statistics=token_statistics)
     device = next(model.parameters()).device
     model.eval()
-    found = []
-    for row, group in zip(rows, groups, strict=True):
-        one = Sequences.from_token_lists([list(row.prompt_ids)], [list(row.response_ids)], 0).to(device)
-        states = read(model, one.input_ids, one.attention_mask, one.response_mask, reader).hidden_states
-        response = states[one.response_mask].float().cpu()
-        found.append(Trajectory(hidden_states=response, actions=torch.tensor(row.response_ids), group=group))
-    return found
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt_ids) + len(rows[i].response_ids))
+    found: dict[int, Trajectory] = {}
+    for low in range(0, len(order), batch_size):
+        part = order[low : low + batch_size]
+        prompts, responses = [list(rows[i].prompt_ids) for i in part], [list(rows[i].response_ids) for i in part]
+        batch = Sequences.from_token_lists(prompts, responses, 0).to(device)
+        states = read(model, batch.input_ids, batch.attention_mask, batch.response_mask, reader).hidden_states
+        for i, row, mask in zip(part, states, batch.response_mask, strict=True):
+            found[i] = Trajectory(
+                hidden_states=row[mask].float().cpu(), actions=torch.tensor(rows[i].response_ids), group=groups[i]
+            )
+    return [found[i] for i in range(len(rows))]

@@ -41,13 +41,13 @@ from irlfast.rewards import ReaderConfig
 from irlfast.rewards.base import evaluating
 from irlfast.rewards.reader import lasting_name, weights_digest
 from irlfast.scorer import RewardScorer, TextForm
-from irlfast.train import ExpertLoader, setup_bi_level_irl
+from irlfast.train import BiLevelOptimizer, ExpertLoader, setup_bi_level_irl
 from irlfast.train.checkpoint import verify_checkpoint, write_checkpoint
 from irlfast.train.metrics import mean_rows
 from irlfast.train.trajectories import Trajectory, collate, read_trajectories
 
 from .loss import load_function
-from .reward import RewardSettings, reader_for, rescore, setting
+from .reward import RewardSettings, is_true, reader_for, rescore, setting
 from .samples import flat, status
 from .scoring import SampleScorer
 
@@ -103,69 +103,43 @@ class OnlineReward:
     def __init__(self, args: Any) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        name = setting(args, "irlfast_reward_model") or getattr(args, "hf_checkpoint", None)
+        self.settings = settings = RewardSettings.of(args)
+        name = settings.model or settings.policy
         if not name:
             raise ValueError("no language model for the reward to read: set irlfast_reward_model or --hf-checkpoint")
-        device = str(setting(args, "irlfast_reward_device", "cpu"))
         loaded: Any = AutoModelForCausalLM.from_pretrained(name)
-        self.language_model = loaded.to(device).eval()
+        self.language_model = loaded.to(settings.device).eval()
         tokenizer = AutoTokenizer.from_pretrained(name)
-        source = ReaderConfig(
+        self.source = ReaderConfig(
             model=lasting_name(name),
-            token_statistics=_true(setting(args, "irl_token_statistics", True)),
+            token_statistics=is_true(setting(args, "irl_token_statistics", True)),
             weights=weights_digest(self.language_model),
         )
-        self.token_statistics = source.token_statistics
         longest = getattr(args, "rollout_max_response_len", None)
-        rows = tokenize_demonstrations(
+        demonstrations = tokenize_demonstrations(
             load_demonstrations(str(setting(args, "irl_demonstrations"))),
             tokenizer,
             max_response_tokens=sys.maxsize if longest is None else longest,
         )
         self.prompts: dict[tuple[int, ...], int] = {}
-        groups = [self.prompts.setdefault(row.prompt_ids, len(self.prompts)) for row in rows]
-        experts = self._read(rows, groups)
+        groups = [self.prompts.setdefault(row.prompt_ids, len(self.prompts)) for row in demonstrations]
+        experts = self._read(demonstrations, groups)
         self.experts: dict[int, list[Trajectory]] = {}
         for expert, group in zip(experts, groups, strict=True):
             self.experts.setdefault(group, []).append(expert)
-        seed = int(setting(args, "irl_seed", 0))
-        options = {key: setting(args, key) for key in _OF_THE_OPTIMIZER}
-        if isinstance(options["irl_objective_options"], str):
-            options["irl_objective_options"] = json.loads(options["irl_objective_options"])
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.optimizer = setup_bi_level_irl(
-                expert_dataloader=ExpertLoader(
-                    experts, batch_size=int(setting(args, "irl_batch_size", 32)), seed=seed, device=device
-                ),
-                args=Namespace(**{key: value for key, value in options.items() if value is not None}),
-                device=device,
-            )
+        self.optimizer = _optimizer(args, experts, settings.device)
         self.reward = self.optimizer.reward_model
-        self.reward.source = source
-        known = collate(experts).to(device)
+        self.reward.source = self.source
+        known = collate(experts).to(settings.device)
         self.reward.fit_feature_scale(known.hidden_states, known.mask, known.mask)
-        settings = RewardSettings(
-            path="",
-            device=device,
-            batch_size=int(setting(args, "irlfast_reward_batch_size", 32)),
-            raw=_true(setting(args, "irlfast_reward_raw", False)),
-            policy=getattr(args, "hf_checkpoint", None),
-            rendered=bool(getattr(args, "apply_chat_template", False)),
-        )
-        scorer = RewardScorer(
-            self.reward,
-            tokenizer,
-            self.language_model,
-            form=TextForm(max_response_tokens=longest),
-            batch_size=settings.batch_size,
-        )
+        form = TextForm(max_response_tokens=longest)
+        scorer = RewardScorer(self.reward, tokenizer, self.language_model, form=form, batch_size=settings.batch_size)
         self.scorer = SampleScorer(scorer, reader_for(scorer, settings), raw=settings.raw)
         self.num_epochs = int(setting(args, "irl_num_epochs", 1))
         folder = getattr(args, "save", None)
         self.folder = None if folder is None else Path(folder) / _FOLDER
         self._resumes_from = Path(getattr(args, "load", None) or folder or ".") / _FOLDER
-        self._fresh = _true(setting(args, "irl_fresh", False))
+        self._fresh = is_true(setting(args, "irl_fresh", False))
         self._begun = False
 
     def begin(self, rollout_id: int) -> None:
@@ -220,7 +194,13 @@ class OnlineReward:
         return write_checkpoint(self.folder, rollout_id, write, keep=sys.maxsize)
 
     def _read(self, rows: Sequence[TokenizedDemonstration], groups: Sequence[int | None]) -> list[Trajectory]:
-        return read_trajectories(rows, groups, self.language_model, token_statistics=self.token_statistics)
+        return read_trajectories(
+            rows,
+            groups,
+            self.language_model,
+            token_statistics=self.source.token_statistics,
+            batch_size=self.settings.batch_size,
+        )
 
     def _by_prompt(self, samples: Sequence[Trajectory], log_proposal: torch.Tensor | None) -> dict[str, float]:
         """Steps on the demonstrations of the sampled prompts, each set against the samples of its own."""
@@ -254,8 +234,9 @@ def online_reward(args: Any) -> OnlineReward:
     demonstrations = setting(args, "irl_demonstrations")
     if not demonstrations:
         raise ValueError(
-            "irl_demonstrations is not set: name the text to imitate, in the YAML file of --custom-config-path or as "
-            "the environment variable IRL_DEMONSTRATIONS"
+            "no reward: set irlfast_reward to the folder of a reward or a run, or, for one that learns, "
+            "irl_demonstrations to the text to imitate; in the YAML file of --custom-config-path, or as the "
+            "environment variables IRLFAST_REWARD and IRL_DEMONSTRATIONS"
         )
     with _making:
         if str(demonstrations) not in _made:
@@ -263,8 +244,19 @@ def online_reward(args: Any) -> OnlineReward:
         return _made[str(demonstrations)]
 
 
-def _true(value: Any) -> bool:
-    return str(value).lower() in ("1", "true", "yes")
+def _optimizer(args: Any, experts: Sequence[Trajectory], device: str) -> BiLevelOptimizer:
+    seed = int(setting(args, "irl_seed", 0))
+    options = {key: setting(args, key) for key in _OF_THE_OPTIMIZER}
+    if isinstance(options["irl_objective_options"], str):
+        options["irl_objective_options"] = json.loads(options["irl_objective_options"])
+    batch_size = int(setting(args, "irl_batch_size", 32))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return setup_bi_level_irl(
+            expert_dataloader=ExpertLoader(experts, batch_size=batch_size, seed=seed, device=device),
+            args=Namespace(**{key: value for key, value in options.items() if value is not None}),
+            device=device,
+        )
 
 
 def _log_proposal(samples: Sequence[Any]) -> torch.Tensor | None:

@@ -35,12 +35,12 @@ class RewardSettings:
     """Which reward, and how it runs.
 
     Args:
-        path, model, device, batch_size, raw: see the module's description.
+        path, model, device, batch_size, raw: see the module's description; path is "" for a reward that learns.
         policy: slime's --hf-checkpoint, whose tokenizer made the samples' tokens.
         rendered: slime's --apply-chat-template.
     """
 
-    path: str
+    path: str = ""
     model: str | None = None
     device: str = "cpu"
     batch_size: int = 32
@@ -59,20 +59,13 @@ class RewardSettings:
 
     @classmethod
     def of(cls, args: Any) -> RewardSettings:
-        """As slime was launched. ValueError: no reward is named, or a setting is out of its range."""
-        path = setting(args, "irlfast_reward")
-        if not path:
-            raise ValueError(
-                "no reward: set irlfast_reward to the folder of a reward or a run, in the YAML file of "
-                "--custom-config-path or as the environment variable IRLFAST_REWARD; or irl_demonstrations, for one "
-                "that learns"
-            )
+        """As slime was launched. ValueError: a setting that is out of its range."""
         return cls(
-            path=str(path),
+            path=str(setting(args, "irlfast_reward", "")),
             model=setting(args, "irlfast_reward_model"),
             device=str(setting(args, "irlfast_reward_device", "cpu")),
             batch_size=int(setting(args, "irlfast_reward_batch_size", 32)),
-            raw=str(setting(args, "irlfast_reward_raw", False)).lower() in ("1", "true", "yes"),
+            raw=is_true(setting(args, "irlfast_reward_raw", False)),
             policy=getattr(args, "hf_checkpoint", None),
             rendered=bool(getattr(args, "apply_chat_template", False)),
         )
@@ -82,6 +75,11 @@ def setting(args: Any, name: str, default: Any = None) -> Any:
     """An attribute of args, or else the environment variable of its name in capitals, or else the default."""
     value = getattr(args, name, None)
     return os.environ.get(name.upper(), default) if value is None else value
+
+
+def is_true(value: Any) -> bool:
+    """Whether a setting is on; environment variables are text."""
+    return str(value).lower() in ("1", "true", "yes")
 
 
 async def reward(args: Any, sample: Any, **kwargs: Any) -> Any:
@@ -149,11 +147,11 @@ _loaded: dict[RewardSettings, SampleScorer] = {}
 
 
 def _scorer_of(args: Any) -> SampleScorer:
-    if not setting(args, "irlfast_reward") and setting(args, "irl_demonstrations"):
+    settings = RewardSettings.of(args)
+    if not settings.path:
         from .online import online_reward
 
         return online_reward(args).scorer
-    settings = RewardSettings.of(args)
     with _loading:
         if settings not in _loaded:
             scorer = load_scorer(
