@@ -106,14 +106,17 @@ class IQScorer(TextScorer):
             )
 
 
-def load_scorer(directory: str | Path, *, model: str | None, device: str, batch_size: int) -> TextScorer:
+def load_scorer(
+    directory: str | Path, *, model: str | None, device: str, batch_size: int, beside: TextScorer | None = None
+) -> TextScorer:
     """The scorer for whatever learned a reward there: an IQ-trained model, or a reward model.
 
     model: for a reward model the language model whose states it reads, for an IQ-trained one the reference.
+    beside: as for RewardScorer.from_pretrained; without meaning for an IQ-trained model.
     """
     if find_iq_checkpoint(Path(directory)) is not None:
         return IQScorer.from_pretrained(directory, reference=model, device=device, batch_size=batch_size)
-    return RewardScorer.from_pretrained(directory, model=model, device=device, batch_size=batch_size)
+    return RewardScorer.from_pretrained(directory, model=model, device=device, batch_size=batch_size, beside=beside)
 
 
 def find_iq_checkpoint(folder: Path) -> Path | None:

@@ -54,10 +54,12 @@ class TextForm:
     Args:
         prompt_tokens: how many tokens of a plain text are its prompt.
         max_response_tokens: responses are cut here, and then have no EOS; None cuts none.
+        max_tokens: rows with more tokens, prompt and response together, are refused; None refuses none.
     """
 
     prompt_tokens: int = 32
     max_response_tokens: int | None = None
+    max_tokens: int | None = None
 
 
 class TextScorer(ABC):
@@ -77,10 +79,10 @@ class TextScorer(ABC):
         self.batch_size = batch_size
 
     def _tokenize(self, row: Demonstration, empty_responses: bool) -> TokenizedDemonstration | DataError:
-        """One row as in training, or why it has no token to judge."""
+        """One row as in training, or why it cannot be judged."""
         longest = self.form.max_response_tokens
         try:
-            return tokenize_demonstrations(
+            tokenized = tokenize_demonstrations(
                 [row],
                 self.tokenizer,
                 max_response_tokens=sys.maxsize if longest is None else longest,
@@ -89,6 +91,11 @@ class TextScorer(ABC):
         except DataError as error:
             if not empty_responses or row.is_text or row.response.strip():
                 return error
+        else:
+            count, limit = len(tokenized.prompt_ids) + len(tokenized.response_ids), self.form.max_tokens
+            if limit is not None and count > limit:
+                return DataError(f"{row.source}: {count} tokens, expected at most {limit}: give a shorter text")
+            return tokenized
         # The prompt's tokens do not depend on what follows it.
         filled = self._tokenize(replace(row, response="."), False)
         if isinstance(filled, DataError):
@@ -181,6 +188,7 @@ class RewardScorer(TextScorer):
         device: str = "cpu",
         form: TextForm | None = None,
         batch_size: int = 32,
+        beside: TextScorer | None = None,
     ) -> RewardScorer:
         """Load a reward and what it reads.
 
@@ -191,6 +199,8 @@ class RewardScorer(TextScorer):
             device: where to run.
             form: None takes what the run's own files say, where the reward lies in one.
             batch_size: sequences in one pass.
+            beside: a scorer loaded with the same `model` and `device`, whose language model is used again where this
+                reward was trained on the same states.
 
         Raises:
             FileNotFoundError: no reward there. ValueError: it does not say what it reads, and `model` is None.
@@ -199,6 +209,12 @@ class RewardScorer(TextScorer):
 
         folder = find_reward(Path(directory))
         reward = load_reward_model(folder, backbone=model).to(device)
+        form = form or trained_form(folder)
+        # Without a digest of its weights, the same name may stand for another model by now.
+        if isinstance(beside, RewardScorer) and beside.language_model is not None and reward.reads == "hidden_states":
+            source = reward.source
+            if source is not None and source.weights and source == beside.reward.source:
+                return cls(reward, beside.tokenizer, beside.language_model, form=form, batch_size=batch_size)
         if reward.reads == "tokens":
             name, language_model = model or reward.config.model, None
         else:
@@ -210,7 +226,7 @@ class RewardScorer(TextScorer):
             loaded: Any = AutoModelForCausalLM.from_pretrained(name)
             language_model = loaded.to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(name)
-        return cls(reward, tokenizer, language_model, form=form or trained_form(folder), batch_size=batch_size)
+        return cls(reward, tokenizer, language_model, form=form, batch_size=batch_size)
 
     def score_tokens(self, rows: Sequence[TokenizedDemonstration], *, tokens: bool = False) -> Iterator[Score]:
         """Score tokenised rows in one pass."""

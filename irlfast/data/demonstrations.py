@@ -208,20 +208,25 @@ class _Form:
         field = self.messages
         if not isinstance(turns, list) or len(turns) < 2:
             raise DataError(f"{where}: field {field!r} must be a list of at least two turns, got {_shown(turns)}")
-        for i, turn in enumerate(turns):
-            for key in ("role", "content"):
-                if not isinstance(turn, Mapping) or not isinstance(turn.get(key), str):
-                    raise DataError(
-                        f'{where}: field {field!r}, turn {i} must be {{"role": ..., "content": ...}} with strings, '
-                        f"got {_shown(turn)}"
-                    )
-        if turns[-1]["role"] != "assistant":
+        *messages, last = chat_turns(turns, field, where)
+        if last.role != "assistant":
             raise DataError(
                 f"{where}: field {field!r} must end with the assistant's turn, which is the response; "
-                f"turn {len(turns) - 1} is by {turns[-1]['role']!r}"
+                f"turn {len(turns) - 1} is by {last.role!r}"
             )
-        messages = tuple(Message(role=turn["role"], content=turn["content"]) for turn in turns[:-1])
-        return messages, turns[-1]["content"]
+        return tuple(messages), last.content
+
+
+def chat_turns(turns: Sequence[Any], field: str | None, where: str) -> tuple[Message, ...]:
+    """The turns of a chat in a field. DataError: one is no {"role": ..., "content": ...} with strings."""
+    for i, turn in enumerate(turns):
+        for key in ("role", "content"):
+            if not isinstance(turn, Mapping) or not isinstance(turn.get(key), str):
+                raise DataError(
+                    f'{where}: field {field!r}, turn {i} must be {{"role": ..., "content": ...}} with strings, '
+                    f"got {_shown(turn)}"
+                )
+    return tuple(Message(role=turn["role"], content=turn["content"]) for turn in turns)
 
 
 def required_string(row: Mapping[str, Any], field: str | None, where: str) -> str:
