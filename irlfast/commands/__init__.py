@@ -16,6 +16,7 @@ from .pairs import PairsCommand, run_pairs
 from .pipeline import PipelineCommand, run_pipeline
 from .report import ReportCommand, run_report
 from .score import ScoreCommand, run_score
+from .serve_reward import ServeRewardCommand, run_serve_reward
 from .tune import TuneCommand, run_tune
 
 Subcommand = Callable[[], int]
@@ -46,6 +47,7 @@ SUBCOMMANDS: dict[str, Callable[..., Subcommand]] = {
     "data": _subcommand(DataCommand, run_data),
     "report": _subcommand(ReportCommand, run_report),
     "score": _subcommand(ScoreCommand, run_score),
+    "serve-reward": _subcommand(ServeRewardCommand, run_serve_reward),
     "tune": _subcommand(TuneCommand, run_tune),
     "pairs": _subcommand(PairsCommand, run_pairs),
     "extract": _subcommand(ExtractCommand, run_extract),

@@ -1,0 +1,1 @@
+"""The reward server under load: `python -m bench.serving`."""
