@@ -41,11 +41,15 @@ class TokenizedDemonstration:
 
 
 class TokenizedDemonstrations(list[TokenizedDemonstration]):
-    """A list of tokenised demonstrations that knows what was left out: `dropped[reason]` rows for each reason."""
+    """A list of tokenised demonstrations that knows what was left out: `dropped[reason]` rows for each reason.
 
-    def __init__(self, rows: Iterable[TokenizedDemonstration], dropped: dict[str, int]) -> None:
+    `places` holds, for each that is there, the place of its row among those that were given.
+    """
+
+    def __init__(self, rows: Iterable[TokenizedDemonstration], dropped: dict[str, int], places: list[int]) -> None:
         super().__init__(rows)
         self.dropped = dropped
+        self.places = places
 
 
 def tokenize_demonstrations(
@@ -89,7 +93,8 @@ def tokenize_demonstrations(
         raise ValueError("the tokenizer has no EOS token: set tokenizer.eos_token, or pass add_eos=False")
     dropped: dict[str, int] = {}
     kept: list[TokenizedDemonstration] = []
-    for row in rows:
+    places: list[int] = []
+    for place, row in enumerate(rows):
         prompt, response = _ids(row, tokenizer, prompt_tokens)
         if row.is_text and not response:
             reason = "short text"
@@ -101,6 +106,7 @@ def tokenize_demonstrations(
             if not prompt:
                 raise DataError(f"{row.source}: the prompt has no tokens and the tokenizer adds no BOS: give a prompt")
             ids, truncated = _end(response, eos, max_response_tokens, add_eos)
+            places.append(place)
             kept.append(
                 TokenizedDemonstration(
                     prompt_ids=tuple(prompt), response_ids=tuple(ids), truncated=truncated, source=row.source
@@ -113,7 +119,7 @@ def tokenize_demonstrations(
         if not kept:
             raise DataError(f"none of {len(rows)} demonstrations can be used: {counts}")
         _log.warning("dropped %d of %d demonstrations: %s", sum(dropped.values()), len(rows), counts)
-    return TokenizedDemonstrations(kept, dropped)
+    return TokenizedDemonstrations(kept, dropped, places)
 
 
 def token_pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:

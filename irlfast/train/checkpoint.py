@@ -42,9 +42,23 @@ def write_checkpoint(folder: Path, step: int, writer: Callable[[Path], None], *,
         writer: puts every file of the checkpoint below the path that it is given.
         keep: how many of the newest checkpoints stay.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step}"
-    temporary = folder / f"step-{step}.tmp"
+    write_whole(final, writer)
+    pointer = folder / "latest.tmp"
+    pointer.write_text(final.name + "\n", encoding="utf-8")
+    _sync(pointer)
+    os.replace(pointer, folder / "latest")
+    _sync(folder)
+    # Later steps are leftovers of a run killed before `latest` named them: they must not push this one out.
+    for old in sorted(n for n in _complete(folder) if n <= step)[:-keep]:
+        shutil.rmtree(folder / f"step-{old}")
+    return final
+
+
+def write_whole(final: Path, writer: Callable[[Path], None]) -> None:
+    """Make the folder `final` from what `writer(path)` puts below its path, with a manifest; whole or not at all."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(final.name + ".tmp")
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir()
@@ -56,16 +70,7 @@ def write_checkpoint(folder: Path, step: int, writer: Callable[[Path], None], *,
     if final.exists():  # a resumed run reached a step that an earlier, later-killed run had written
         shutil.rmtree(final)
     os.replace(temporary, final)
-    _sync(folder)
-    pointer = folder / "latest.tmp"
-    pointer.write_text(final.name + "\n", encoding="utf-8")
-    _sync(pointer)
-    os.replace(pointer, folder / "latest")
-    _sync(folder)
-    # Later steps are leftovers of a run killed before `latest` named them: they must not push this one out.
-    for old in sorted(n for n in _complete(folder) if n <= step)[:-keep]:
-        shutil.rmtree(folder / f"step-{old}")
-    return final
+    _sync(final.parent)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -35,12 +35,12 @@ class Optimizer:
         self.config = config
         self.total_steps = total_steps
         self.step_count = 0
-        self._parameters = [p for p in module.parameters() if p.requires_grad]
-        if not self._parameters and total_steps:
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        if not self.parameters and total_steps:
             raise ValueError(f"{type(module).__name__} has no parameter that requires a gradient: nothing to train")
         # AdamW takes no empty list; a frozen module, which no step will change, gets one that holds nothing.
         self._adamw = torch.optim.AdamW(
-            self._parameters or [{"params": []}],
+            self.parameters or [{"params": []}],
             lr=config.lr,
             betas=config.betas,
             eps=config.eps,
@@ -56,7 +56,7 @@ class Optimizer:
         Raises:
             FloatingPointError: the gradient norm is not finite; nothing was updated.
         """
-        norm = float(gradient_norm(self._parameters))
+        norm = float(gradient_norm(self.parameters))
         if not math.isfinite(norm):
             raise FloatingPointError(
                 f"gradient norm is {norm} at optimiser step {self.step_count}; the parameters were left as they were. "
@@ -64,7 +64,7 @@ class Optimizer:
             )
         limit = self.config.max_grad_norm
         if limit > 0 and norm > limit:
-            for parameter in self._parameters:
+            for parameter in self.parameters:
                 if parameter.grad is not None:
                     parameter.grad.mul_(limit / norm)
         lr = learning_rate(self.config, self.step_count, self.total_steps)

@@ -7,6 +7,7 @@ A reward model with several members takes the mean of their losses, each on its 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -42,15 +43,24 @@ class RewardUpdate:
     Args:
         reward: what is trained.
         config: the run's; `config.reward` is the update's own.
+        reduce_gradients: called between backward and step with the parameters that are trained; where several processes
+            each see a part of the rows, it averages their gradients.
 
     Raises:
         ValueError: an option that this reward model cannot serve.
     """
 
-    def __init__(self, reward: BaseRewardModel, config: BiLevelConfig) -> None:
+    def __init__(
+        self,
+        reward: BaseRewardModel,
+        config: BiLevelConfig,
+        *,
+        reduce_gradients: Callable[[Sequence[nn.Parameter]], None] | None = None,
+    ) -> None:
         options = config.reward
         self.reward = reward
         self.config = config
+        self._reduce_gradients = reduce_gradients
         self.objective = options.make_objective()
         self._reads_features = bool(options.gradient_penalty or options.r1 or _FEATURES & self.objective.needs)
         if self._reads_features and not isinstance(reward, PooledRewardModel):
@@ -78,6 +88,8 @@ class RewardUpdate:
             loss = loss + weight * value
             metrics[name] = float(value.detach())
         loss.backward()
+        if self._reduce_gradients is not None:
+            self._reduce_gradients(self.optimizer.parameters)
         norm, lr = self.optimizer.step()
         self.objective.after_step(self.reward)
         self.reward.eval()
