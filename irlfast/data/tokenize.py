@@ -146,11 +146,11 @@ def digest(rows: Sequence[TokenizedDemonstration]) -> str:
 
 def _ids(row: Demonstration, tokenizer: Any, prompt_tokens: int) -> tuple[list[int], list[int]]:
     if row.is_text:
-        before, ids = _with_leading_special_tokens(row.response, tokenizer)
+        before, ids = with_leading_special_tokens(row.response, tokenizer)
         ids = before + ids
         return ids[:prompt_tokens], ids[prompt_tokens:]
     if row.messages is None:
-        before, prompt = _with_leading_special_tokens(row.prompt, tokenizer)
+        before, prompt = with_leading_special_tokens(row.prompt, tokenizer)
         text = row.prompt
     else:
         text = _render(row, tokenizer)
@@ -174,8 +174,12 @@ def _encode(text: str, tokenizer: Any) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _with_leading_special_tokens(text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts in front of the text, and the text's own; those behind are dropped."""
+def with_leading_special_tokens(text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts in front of the text, and the text's own; those behind are dropped.
+
+    Raises:
+        DataError: a tokenizer that gives the text other tokens with special tokens than without.
+    """
     full = list(tokenizer(text, verbose=False)["input_ids"])
     bare = _encode(text, tokenizer)
     for start in range(len(full) - len(bare) + 1):

@@ -75,7 +75,7 @@ class RewardFunction:
         try:
             with self._one_at_a_time:
                 rows = [self._tokenize(query, prompt) for query, prompt in zip(queries, prompts, strict=True)]
-                scores = self.scorer.score_all(rows)
+                scores = self.scorer.score_tokenized(rows)
         except Exception:
             _log.exception("no reward for %d samples", len(queries))
             raise

@@ -33,8 +33,7 @@ class OnlineRewardCallback(TrainerCallback):
         self.reward.begin(state.global_step, state.max_steps, folder / FOLDER)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        if state.global_step % self.reward.config.update_every == 0:
-            self.reward.update(state.global_step)
+        self.reward.end_step(state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         folder = _checkpoint(args, state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from irlfast.data import TokenizedDemonstration
@@ -30,10 +31,15 @@ class Experts:
         for row in rows:
             by_prompt.setdefault(() if pooled else row.prompt_ids, []).append(row)
         self._place = {prompt: place for place, prompt in enumerate(by_prompt)}
-        self._sizes = [len(own) for own in by_prompt.values()]
-        rank = rank_and_world()[0]
-        self._draws = [
-            EndlessDraws(own, seed, f"demonstrations {place} {rank}") for place, own in enumerate(by_prompt.values())
+        self._by_prompt = list(by_prompt.values())
+        self._seed = seed
+
+    @cached_property
+    def _draws(self) -> list[EndlessDraws[TokenizedDemonstration]]:
+        rank = rank_and_world()[0]  # known when the trainer is there, before which this object may be made
+        return [
+            EndlessDraws(rows, self._seed, f"demonstrations {place} {rank}")
+            for place, rows in enumerate(self._by_prompt)
         ]
 
     def draw(self, samples: Sequences, prompts: Sequence[Any], pad_token_id: int) -> Sequences:
@@ -61,7 +67,7 @@ class Experts:
                     f"demonstration are {list(self.rows[0].prompt_ids)}. Take the data set's prompts from "
                     "demonstrations_for_trl, or set pairing = 'pooled'"
                 )
-            count = min(self._per_prompt, self._sizes[place])
+            count = min(self._per_prompt, len(self._by_prompt[place]))
             drawn += self._draws[place].draw(count)
             groups += [int(samples.groups[row])] * count
         return Sequences.from_token_lists(

@@ -136,6 +136,12 @@ class OnlineReward:
         self._loaded, self.trainer_step = None, step
         share(self.reward, *([] if self.learner.shaping is None else [self.learner.shaping]))
 
+    def end_step(self, step: int) -> None:
+        """The trainer has taken `step` optimiser steps: learn where it is time to."""
+        self.trainer_step = step
+        if step % self.config.update_every == 0:
+            self.update()
+
     def save(self, folder: str | Path) -> None:
         """Write the whole state (irlfast.integrations.trl.state); the callback does so in each checkpoint."""
         state.save(self, Path(folder))
@@ -218,13 +224,12 @@ class OnlineReward:
         self.kept.append(generation)
         return generation
 
-    def update(self, step: int) -> dict[str, float]:
-        """Learn from what was kept, after optimiser step `step` of the trainer; in several processes, called by all.
+    def update(self) -> dict[str, float]:
+        """Learn from what was kept; in several processes, called by all.
 
         Returns:
             The means over the reward's steps; {} where no completions came since the last time.
         """
-        self.trainer_step = step
         generations = list(self.kept)
         self.kept.clear()
         if not generations:
@@ -235,7 +240,7 @@ class OnlineReward:
         normalizer = self.reward.normalizer
         named = {f"irl/{name}": value for name, value in mean_rows(rows).items()}
         named |= {"irl/normalizer_mean": float(normalizer.mean), "irl/normalizer_std": float(normalizer.std)}
-        self.history.append({"step": step, **named})
+        self.history.append({"step": self.trainer_step, **named})
         self.unlogged.append(named)
         return named
 

@@ -150,7 +150,7 @@ class TrainerPolicy:
             raise ValueError(
                 f"{self._name} reads the density that completions were drawn from, which is not known with "
                 f"{', '.join(changed)}: leave these at their defaults, use an objective without ({_WITHOUT}), or, "
-                "for importance weights, give the sampler's log-probs as the column 'sampler_logprobs' of a rollout_func"
+                "for importance weights, let a rollout_func give the sampler's as the column 'sampler_logprobs'"
             )
 
 

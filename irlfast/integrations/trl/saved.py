@@ -75,5 +75,5 @@ class SavedReward:
             TokenizedDemonstration(prompt_ids=prompt, response_ids=tuple(response), truncated=False)
             for prompt, response in zip(prompt_token_ids(prompts, tokenizer, self._template), ids, strict=True)
         ]
-        scores = self.scorer.score_all(rows)
+        scores = self.scorer.score_tokenized(rows)
         return [float(s.reward if self.serve == "raw" or s.normalised is None else s.normalised) for s in scores]

@@ -107,9 +107,7 @@ def load(online: OnlineReward, folder: Path) -> int:
     online.kept.clear()
     device = next(online.reward.parameters()).device
     for saved in own["kept"]:
-        samples, experts = (
-            _sequences(cls, saved[name]) for cls, name in ((Rollouts, "samples"), (Sequences, "experts"))
-        )
+        samples, experts = _sequences(Rollouts, saved["samples"]), _sequences(Sequences, saved["experts"])
         logprobs = saved["logprobs"]
         online.keep(samples.to(device), experts.to(device), None if logprobs is None else logprobs.to(device))
     return int(header["step"])
