@@ -71,7 +71,7 @@ def run(data: Path, *, seed: int, learns: bool, steps: int, heldout_count: int) 
         ),
     )
     with tempfile.TemporaryDirectory() as folder:
-        options = {
+        options: dict[str, Any] = {
             "output_dir": folder,
             "per_device_train_batch_size": 64,
             "num_generations": 8,

@@ -52,9 +52,7 @@ def test_both_have_the_same_reward(found: tuple[list[dict[str, Any]], Path], run
         assert torch.equal(value, left["True" if run == "again" else run]["reward"][name]), name
 
 
-def test_it_is_what_one_process_learns_from_all(
-    found: tuple[list[dict[str, Any]], Path], policy_folder: Path
-) -> None:
+def test_it_is_what_one_process_learns_from_all(found: tuple[list[dict[str, Any]], Path], policy_folder: Path) -> None:
     alone = trl_ranks.make(policy_folder, seed=0, fit=False)
     given = torch.tensor(trl_ranks.train(alone, range(4), range(1, 5))).view(4, 2, 4)
     (left, right), _ = found
@@ -71,8 +69,6 @@ def test_it_is_what_one_process_learns_from_all(
     assert float(change.abs().max()) > 1e-3
 
 
-def test_another_number_of_processes_is_refused(
-    found: tuple[list[dict[str, Any]], Path], policy_folder: Path
-) -> None:
+def test_another_number_of_processes_is_refused(found: tuple[list[dict[str, Any]], Path], policy_folder: Path) -> None:
     with pytest.raises(ValueError, match="was made by 2 processes, these are 1"):
         trl_ranks.make(policy_folder, seed=0, fit=True).load(found[1] / "saved-True")

@@ -165,8 +165,8 @@ class OnlineReward:
         trainer_state: Any = None,
         log_metric: Any = None,
         **columns: Any,
-    ) -> list[float]:
-        """One reward for each completion; in training, what is to be learned from is kept.
+    ) -> list[float | None]:
+        """One reward for each completion, never None; in training, what is to be learned from is kept.
 
         Raises:
             RuntimeError: the trainer has no `callbacks=[reward.callback]`.
@@ -194,14 +194,14 @@ class OnlineReward:
         return self._served(generation.experience.scored, update=True)
 
     @torch.no_grad()
-    def _served(self, scored: Scored, *, update: bool) -> list[float]:
+    def _served(self, scored: Scored, *, update: bool) -> list[float | None]:
         with evaluating(self.reward):
             rewards = self.reward(*scored.inputs)
         if update:
             self.reward.normalizer.update(gathered(rewards))
         given = self.learner.objective.policy_reward(rewards)
         served = given if self.config.serve == "raw" else self.reward.normalizer.normalize(given)
-        values: list[float] = served.tolist()
+        values: list[float | None] = served.tolist()
         return values
 
     # Learning

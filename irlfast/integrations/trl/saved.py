@@ -55,8 +55,8 @@ class SavedReward:
         completions: Sequence[Any],
         completion_ids: Sequence[Sequence[int]] | None = None,
         **columns: Any,
-    ) -> list[float]:
-        """One reward for each completion.
+    ) -> list[float | None]:
+        """One reward for each completion, never None.
 
         Raises:
             ValueError: no ids, ids of another tokenizer than the reward's, or completions that are no answers in text.
