@@ -10,6 +10,7 @@ import ast
 import importlib
 import inspect
 import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,3 +130,24 @@ def test_slime_fails_on_a_finished_sample_without_a_reward(checkout: Path) -> No
     )
     assert "assert sample.reward is not None" in ast.unparse(finished)
     assert "if sample.reward is None:" in ast.unparse(function)
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "slime.md").read_text(encoding="utf-8")
+
+
+def test_the_paths_and_settings_of_the_page_exist() -> None:
+    paths = set(re.findall(r"irlfast\.integrations\.slime\.(\w+)", PAGE))
+    assert paths == {point.name for point in POINTS}
+    source = "".join(path.read_text(encoding="utf-8") for path in Path(slime.__path__[0]).glob("*.py"))
+    settings = set(re.findall(r"`(irl(?:fast)?_\w+|reward_model_\w+)[`:]", PAGE))
+    assert len(settings) > 15
+    for name in settings:
+        assert f'"{name}"' in source, name
+
+
+def test_slime_has_the_options_of_the_page(checkout: Path) -> None:
+    source = (checkout / "slime/utils/arguments.py").read_text(encoding="utf-8")
+    known = set(re.findall(r'"(--[a-z][\w-]+)"', source)) | {"--sglang-mem-fraction-static", "--context-parallel-size"}
+    ours = {"--no-deps", "--address", "--runtime-env-json", "--reward", "--watch", "--max-response-tokens", "--host"}
+    for option in set(re.findall(r"(?<!\S)[`\"]?(--[a-z][\w-]+)", PAGE)) - ours:
+        assert option in known, option
