@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
+import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -228,3 +231,30 @@ def test_rollouts_of_an_engine_in_the_documents_form(slime: Slime) -> None:
         generate_rollouts_with_sglang(slime.engine, PROMPTS)
     with pytest.raises(ValueError, match="prompts is empty"):
         generate_rollouts_with_sglang(slime.engine, [])
+
+
+@pytest.mark.parametrize("options", [[], ["--group-rm"]], ids=["one by one", "by group"])
+def test_slimes_own_rollouts(stories: Path, shared_data: Path, tmp_path: Path, options: list[str]) -> None:
+    """The real sampling, scoring, aborting and buffering of a checkout, finished samples in the buffer included."""
+    if "IRLFAST_SLIME" not in os.environ:
+        pytest.skip("set IRLFAST_SLIME to a checkout of slime")
+    for name in ("aiohttp", "httpx", "pylatexenc", "sympy", "tqdm", "PIL", "pybase64"):
+        pytest.importorskip(name, reason=f"slime imports {name}")
+    script, texts = Path(__file__).parent / "slime_rollouts.py", shared_data / "text" / "tinystories_1000.jsonl.gz"
+    told = subprocess.run(
+        [sys.executable, str(script), os.environ["IRLFAST_SLIME"], str(stories), str(texts), str(tmp_path), *options],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    ).stdout
+    found = json.loads(told.splitlines()[-1])
+    assert [row["irl/reward_updates"] for row in found["rollouts"]] == [8, 16, 24]
+    for row in found["rollouts"]:
+        assert row["samples"] == row["rewarded"] == 32
+        assert row["largest_sum_of_advantages"] < 1e-9
+        assert row["waiting"] > 0
+    if not options:  # by group slime scores what waits when the group is whole
+        assert found["rollouts"][1]["irl/rescored"] > 0
+    assert found["auc"] > 0.95
+    assert found["saved"] == ["step-1", "step-2"]
