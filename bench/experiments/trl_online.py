@@ -1,8 +1,10 @@
 """A reward learned inside TRL's GRPOTrainer: stories260K on TinyStories, against the same run with the reward frozen.
 
-    python -m bench.experiments.trl_online --data ../shared/data
+    python -m bench.experiments.trl_online --data ../shared/data --seeds 0 1
+    python -m bench.experiments.trl_online --table
 
-Each run is added to docs/results/trl_online.json when it is done. Needs trl. One core is used.
+Each run is added to docs/results/trl_online.json when it is done; --table writes the table of docs/trl.md from it.
+Needs trl. One core is used.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -128,6 +131,23 @@ def run(data: Path, *, seed: int, learns: bool, steps: int, heldout_count: int) 
     }
 
 
+def table(runs: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a row a run, in the order of rewards and seeds."""
+    lines = [
+        "| reward | seed | log-prob of real tokens: start | end | KL a token | AUC of real over start's | over end's |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for made in sorted(runs, key=lambda made: (made["reward"], made["seed"])):
+        start, end = made["evaluation"]["start"], made["evaluation"]["end"]
+        cells = [
+            *(f"{part['expert_token_logprob']:.3f}" for part in (start, end)),
+            f"{end['kl_per_token']:.3f}",
+            *(f"{part['reward_auc']:.2f}" for part in (start, end)),
+        ]
+        lines.append(f"| {made['reward']} | {made['seed']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
@@ -135,7 +155,11 @@ def main() -> None:
     parser.add_argument("--heldout", type=int, default=128)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--table", action="store_true", help="train nothing, write the table of what was measured")
     options = parser.parse_args()
+    if options.table:
+        print(table(json.loads(options.out.read_text(encoding="utf-8"))["runs"]))
+        return
     torch.set_num_threads(1)
     runs: list[dict[str, Any]] = json.loads(options.out.read_text())["runs"] if options.out.exists() else []
     for seed in options.seeds:

@@ -21,7 +21,7 @@ from irlfast.rollout import Rollouts, Sequences
 from .text import prompt_token_ids
 
 # Fields of a RewardBatch that hold the policy's log-probs, and those that speak of demonstrations.
-OF_DEMONSTRATIONS = frozenset({"expert_logprobs", "expert_tokens"})
+_OF_DEMONSTRATIONS = frozenset({"expert_logprobs", "expert_tokens"})
 _OF_SAMPLES = frozenset({"sample_logprobs", "sample_tokens"})
 _PLAIN = {"top_p": (1.0,), "top_k": (0, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
 _WITHOUT = "gail, contrastive, bradley_terry, max_margin"
@@ -54,7 +54,7 @@ class TrainerPolicy:
         self.eos_token_ids = tuple(dict.fromkeys(i for i in ids if i is not None))
         pad = tokenizer.pad_token_id
         self.pad_token_id: int = self.eos_token_ids[0] if pad is None else pad
-        reads = self._needs & (OF_DEMONSTRATIONS | _OF_SAMPLES | {"log_proposal"})
+        reads = self._needs & (_OF_DEMONSTRATIONS | _OF_SAMPLES | {"log_proposal"})
         if reads and (getattr(args, "fsdp", None) or getattr(args, "deepspeed", None)):
             raise ValueError(
                 f"{self._name} reads log-probs of the policy, which FSDP or DeepSpeed spreads over processes: use an "
@@ -92,7 +92,7 @@ class TrainerPolicy:
         ).to(self.device)
         zeros = torch.zeros(sequences.input_ids.shape, device=sequences.input_ids.device)
         sampler = model = zeros
-        if self.training and self._needs & (OF_DEMONSTRATIONS | _OF_SAMPLES):
+        if self.training and self._needs & _OF_SAMPLES:
             model = self.logprobs(sequences)
         if self.training and "log_proposal" in self._needs:
             if given is not None:
@@ -116,7 +116,7 @@ class TrainerPolicy:
         Raises:
             ValueError: the sampler is another distribution than the policy at temperature 1.
         """
-        if not self._needs & OF_DEMONSTRATIONS:
+        if not self._needs & _OF_DEMONSTRATIONS:
             return None
         self._check_sampler(float(self.args.temperature))
         return self.logprobs(experts)

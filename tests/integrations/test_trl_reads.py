@@ -1,4 +1,4 @@
-"""What the rewards for TRL refuse, and say about it. Needs no trl: trainers are played."""
+"""What the rewards for TRL read of a trainer, refuse and say about it. Needs no trl: trainers are played."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 
 from irlfast.data import TokenizedDemonstration
 from irlfast.integrations.trl import OnlineReward, OnlineRewardConfig, SavedReward
+from irlfast.integrations.trl.policy import TrainerPolicy
 from irlfast.rewards import create_reward_model
 from irlfast.train import RewardConfig
 
@@ -40,9 +41,18 @@ class Args:
 def make(make_policy: Callable[[], Any], tokenizer: Any) -> Callable[..., OnlineReward]:
     """A function from an objective, options and trainer arguments to a reward in a trainer that trains."""
 
-    def made(objective: str = "maxent", args: Args | None = None, rows: Any = (ONE,), **options: Any) -> OnlineReward:
-        config = OnlineRewardConfig(reward=RewardConfig(objective=objective), **options)
-        reward = OnlineReward(create_reward_model({"hidden_size": 34}), rows, reference=make_policy(), config=config)
+    def made(
+        objective: str = "maxent",
+        args: Args | None = None,
+        rows: Any = (ONE,),
+        model: tuple[dict[str, Any], str] = ({}, "mlp"),
+        form: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> OnlineReward:
+        config = OnlineRewardConfig(reward=RewardConfig(objective=objective, options=form or {}), **options)
+        torch.manual_seed(0)
+        learned = create_reward_model({"hidden_size": 34, **model[0]}, model[1])
+        reward = OnlineReward(learned, rows, reference=make_policy(), config=config)
         reward.bind(make_policy().train(), tokenizer, args or Args())
         return reward
 
@@ -55,6 +65,45 @@ def test_it_gives_one_finite_number_a_completion(make: Callable[..., OnlineRewar
     assert len(rewards) == 2
     assert torch.tensor(rewards).isfinite().all()
     assert reward.__name__ == "irlfast_reward"
+
+
+@pytest.mark.parametrize(
+    ("objective", "form", "passes"),
+    [
+        ("gail", {}, 0),
+        ("contrastive", {}, 0),
+        ("bradley_terry", {}, 0),
+        ("max_margin", {}, 0),
+        ("spin", {}, 0),
+        ("weighted", {}, 0),
+        ("weighted", {"entropy_weight": 0.1}, 1),
+        ("maxent", {}, 1),
+        ("maxent", {"fuse_demonstrations": True}, 2),
+        ("airl", {}, 2),
+        ("airl", {"form": "token"}, 2),
+    ],
+)
+def test_every_objective_learns_and_asks_the_policy_no_more_than_it_reads(
+    make: Callable[..., OnlineReward],
+    monkeypatch: pytest.MonkeyPatch,
+    objective: str,
+    form: dict[str, Any],
+    passes: int,
+) -> None:
+    kind = ({"width": 16, "reduction": "sum"}, "trajectory") if form.get("form") == "token" else ({}, "mlp")
+    reward = make(objective, form=form, model=kind)
+    asked: list[int] = []
+    inner = TrainerPolicy.logprobs
+    monkeypatch.setattr(TrainerPolicy, "logprobs", lambda *given: asked.append(1) or inner(*given))
+    before = torch.cat([p.detach().flatten() for p in reward.reward.parameters()])
+    reward(**CALL)
+    assert len(asked) == passes
+    reward.end_step(1)
+    (row,) = reward.history
+    assert row["step"] == 1
+    assert all(torch.tensor(value).isfinite() for value in row.values())
+    assert not torch.equal(before, torch.cat([p.detach().flatten() for p in reward.reward.parameters()]))
+    assert reward.update() == {}  # nothing came since
 
 
 def test_without_its_callback_it_says_so(make_policy: Callable[[], Any]) -> None:
