@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -274,12 +275,13 @@ def test_a_resumed_run_has_the_same_bits(make_policy: MakePolicy, tokenizer: Any
 
     saved = tmp_path / "checkpoint-3" / "irlfast_reward"
     other = make_online(make_policy(), update_every=2)
+    other.bind(policy, tokenizer, SimpleNamespace(device="cpu"))
     with pytest.raises(ValueError, match="update_steps was 2, is 1"):
         other.load(saved)
     (saved / "learning.pt").write_bytes(b"")
     with pytest.raises(DamagedCheckpointError, match=r"learning\.pt has 0 bytes"):
         again.load(saved)
-    with pytest.raises(FileNotFoundError, match="call load"):
+    with pytest.raises(FileNotFoundError, match=r"call reward\.load"):
         again.load(tmp_path / "elsewhere")
     whole.load(tmp_path / "checkpoint-6" / "irlfast_reward")
     with pytest.raises(ValueError, match="loaded from step 6, the trainer resumes at step 5"):

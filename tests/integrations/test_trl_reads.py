@@ -35,6 +35,7 @@ class Args:
     repetition_penalty: float = 1.0
     generation_kwargs: dict[str, Any] = field(default_factory=dict)
     fsdp: str = ""
+    device: str = "cpu"
 
 
 @pytest.fixture
@@ -108,8 +109,9 @@ def test_every_objective_learns_and_asks_the_policy_no_more_than_it_reads(
 
 def test_without_its_callback_it_says_so(make_policy: Callable[[], Any]) -> None:
     reward = OnlineReward(create_reward_model({"hidden_size": 34}), [ONE], reference=make_policy())
-    with pytest.raises(RuntimeError, match=r"callbacks=\[reward\.callback\]"):
-        reward(**CALL)
+    for judge in (lambda: reward(**CALL), lambda: reward.load("anywhere")):
+        with pytest.raises(RuntimeError, match=r"callbacks=\[reward\.callback\]"):
+            judge()
 
 
 def test_a_prompt_without_demonstrations_is_named(make: Callable[..., OnlineReward]) -> None:

@@ -20,7 +20,14 @@ DEMONSTRATIONS = [
     TokenizedDemonstration(prompt_ids=(3 + i,), response_ids=(4 + i, 5 + i, 2), truncated=False) for i in range(4)
 ]
 ARGS = SimpleNamespace(
-    temperature=1.0, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0, generation_kwargs=None, fsdp=""
+    temperature=1.0,
+    top_p=1.0,
+    top_k=0,
+    min_p=None,
+    repetition_penalty=1.0,
+    generation_kwargs=None,
+    fsdp="",
+    device="cpu",
 )
 
 

@@ -150,8 +150,13 @@ class OnlineReward:
         """Take over what `save` wrote; only needed for a checkpoint that is not in the trainer's output_dir.
 
         Raises:
+            RuntimeError: there is no trainer yet, so nobody knows on which device.
             FileNotFoundError, DamagedCheckpointError, ValueError: see irlfast.integrations.trl.state.
         """
+        if self._policy is None:
+            raise RuntimeError(
+                "load the reward after the trainer was made with callbacks=[reward.callback], before train()"
+            )
         self._loaded = state.load(self, Path(folder))
 
     # Judging

@@ -63,8 +63,8 @@ class TrainerPolicy:
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = next(self.model.parameters()).device
-        return device
+        """Where the trainer's batches are, and so the reward."""
+        return torch.device(self.args.device)
 
     @property
     def training(self) -> bool:

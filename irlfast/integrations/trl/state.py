@@ -80,7 +80,7 @@ def load(online: OnlineReward, folder: Path) -> int:
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder} is not there, so the reward cannot go on from where the policy does. Resume from a checkpoint "
-            "in args.output_dir that was saved with the reward's callback, or call load(FOLDER) before train()"
+            "in args.output_dir that was saved with the reward's callback, or call reward.load(FOLDER) before train()"
         )
     verify_checkpoint(folder)
     header = json.loads((folder / "state.json").read_text(encoding="utf-8"))
