@@ -89,14 +89,14 @@ class TextScorer(ABC):
                 prompt_tokens=self.form.prompt_tokens,
             )[0]
         except DataError as error:
-            if not empty_responses or row.is_text or row.response.strip():
+            if not empty_responses or row.is_text:
                 return error
         else:
             count, limit = len(tokenized.prompt_ids) + len(tokenized.response_ids), self.form.max_tokens
             if limit is not None and count > limit:
                 return DataError(f"{row.source}: {count} tokens, expected at most {limit}: give a shorter text")
             return tokenized
-        # The prompt's tokens do not depend on what follows it.
+        # The prompt's tokens do not depend on what follows it; where they are what is wrong, they still are.
         filled = self._tokenize(replace(row, response="."), False)
         if isinstance(filled, DataError):
             return filled

@@ -194,6 +194,7 @@ class _Block(nn.Module):
 
 def _positions(index: Tensor, width: int) -> Tensor:
     """Sines and cosines [B, S, W] of the positions (Vaswani et al. 2017, 3.5)."""
-    rates = torch.exp(torch.arange(width // 2, device=index.device) * (-math.log(10_000.0) / (width // 2)))
+    steps = torch.arange(width // 2, device=index.device, dtype=torch.float32)
+    rates = torch.exp(steps * (-math.log(10_000.0) / (width // 2)))
     angles = index[..., None] * rates
     return torch.cat([angles.sin(), angles.cos()], dim=-1)

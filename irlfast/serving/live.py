@@ -93,9 +93,7 @@ class ServedReward:
 
     def _as_sampled(self, row: Demonstration) -> Demonstration:
         tokenizer = self.scorer.tokenizer
-        # Trainers decode with special tokens: EOS alone is an empty response, and BOS must not stand there twice.
-        if tokenizer.eos_token and row.response.startswith(tokenizer.eos_token):
-            row = replace(row, response="")
+        # Trainers decode with special tokens, and BOS must not stand there twice.
         bos = tokenizer.bos_token
         if bos and row.messages is None and row.prompt.startswith(bos):
             ids = tokenizer(row.prompt, verbose=False)["input_ids"]
@@ -186,7 +184,9 @@ class LiveReward:
         root = (self.options.root or self.options.reward).resolve()
         path = (root / folder).resolve()
         if path != root and root not in path.parents:
-            raise ReloadError(f"{folder} is not inside {root}, from where alone rewards are loaded", forbidden=True)
+            raise ReloadError(
+                f"{str(folder)!r} is not inside {root}, from where alone rewards are loaded", forbidden=True
+            )
         return path
 
 

@@ -74,7 +74,7 @@ def test_an_empty_response_is_one_that_ended_at_once(client: Any, served: Served
     (score,) = RewardScorer.from_pretrained(served.folder).score(
         [Demonstration(prompt="w1", response="")], empty_responses=True
     )
-    for response in ("", " ", "</s>"):
+    for response in ("", " ", "</s>", "</s> w3"):
         assert client("/", {"prompt": "w1", "response": response}).value == pytest.approx(score.normalised, abs=1e-6)  # type: ignore[union-attr]
 
 

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from irlfast.data import Demonstration
+from irlfast.iq_scorer import IQScorer
 from irlfast.rewards import create_reward_model
-from irlfast.scorer import RewardScorer
+from irlfast.rewards.iq import IQReward
+from irlfast.scorer import RewardScorer, TextScorer
 from irlfast.serving import LoadOptions, load
 from irlfast.train.checkpoint import DamagedCheckpointError
 
@@ -94,6 +96,34 @@ def test_the_language_model_is_shared_where_both_rewards_read_it(tiny: Any, grow
     other.save_pretrained(growing / "other")
     third = load(LoadOptions(reward=growing / "other"), beside=second)
     assert third.scorer.language_model is not first.scorer.language_model  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", ["mlp", "trajectory", "ensemble", "backbone", "iq"])
+def test_a_model_that_is_loaded_beside_changes_no_answer(tiny: Any, kind: str) -> None:
+    """Bug: transformers sets torch's default dtype, which is one for all threads, while it makes a model of bfloat16;
+    a trajectory reward that judged at that moment took its positions in it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny.folder)
+    if kind == "iq":
+        model = IQReward(tiny.model, gamma=1.0, temperature=1.0, truncated="bootstrap")
+        scorer: TextScorer = IQScorer(model, tokenizer)
+    else:
+        source = tiny.reward(1).source
+        options: dict[str, Any] = {"hidden_size": source.width(32)}
+        options = {"ensemble": {"options": options}, "backbone": {"model": str(tiny.folder)}}.get(kind, options)
+        torch.manual_seed(0)
+        reward = create_reward_model(options, kind).eval()
+        reward.source = source if kind != "backbone" else reward.source
+        scorer = RewardScorer(reward, tokenizer, None if kind == "backbone" else tiny.model)
+    rows = [ROW, Demonstration(prompt="w1", response="w2 w3 w4 w5 w6 w7 w8")]
+    want = [score.to_json() for score in scorer.score(rows, tokens=True)]  # type: ignore[union-attr]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = [score.to_json() for score in scorer.score(rows, tokens=True)]  # type: ignore[union-attr]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got == want
 
 
 def _damage(step: Path) -> None:
