@@ -88,7 +88,13 @@ class Bench:
 
     @contextmanager
     def server(self, *more: str) -> Iterator[Server]:
-        server = Server(self.run, "--threads", str(self.options.threads), *more)
+        served = ["serve-reward", "--reward", str(self.run.folder), "--threads", str(self.options.threads)]
+        with self._running("irlfast.cli", *served, "--port", "0", *more) as server:
+            yield server
+
+    @contextmanager
+    def _running(self, *command: str) -> Iterator[Server]:
+        server = Server(["-m", *command])
         try:
             yield server
         finally:
@@ -119,11 +125,12 @@ class Bench:
         return done / (time.perf_counter() - start)
 
     def speed(self) -> dict[str, Any]:
-        """By clients; batches of one beside them; and the scorer without a server."""
+        """By clients; batches of one beside them; the scorer without a server, and the server without a scorer."""
         measured: dict[tuple[str, int], list[dict[str, Any]]] = {}
         alone = []
-        with self.server() as batched, self.server("--batch-size", "1", "--gather", "1") as single:
-            for server in (batched, single):
+        one_by_one = self.server("--batch-size", "1", "--gather", "1")
+        with self.server() as batched, one_by_one as single, self._running("bench.serving._free") as free:
+            for server in (batched, single, free):
                 self.load(server, 1.0, connections=8)
             for _ in range(self.options.rounds):
                 alone.append(self.direct())
@@ -131,6 +138,9 @@ class Bench:
                     measured.setdefault(("64 at most", count), []).append(self._stretch(batched, count))
                 most = max(self.options.connections)
                 measured.setdefault(("one by one", most), []).append(self._stretch(single, most))
+                measured.setdefault(("64 at most, a reward that costs nothing", most), []).append(
+                    self._stretch(free, most)
+                )
         table = [
             {"batches": size, "connections": count, **_medians(found)} for (size, count), found in measured.items()
         ]
@@ -268,9 +278,8 @@ def main() -> int:
         tokens = statistics.fmean(len(row.prompt_ids) + len(row.response_ids) for row in tokenized)
         figures: dict[str, Any] = {"rows": len(bench.rows), "tokens_per_row": round(tokens, 1), **bench.speed()}
         print(json.dumps(figures), file=sys.stderr, flush=True)
-        capacity = max(
-            row["requests_per_second"] for row in figures["by_connections"] if row["batches"] != "one by one"
-        )
+        by_clients = [row for row in figures["by_connections"] if row["batches"] == "64 at most"]
+        capacity = max(row["requests_per_second"] for row in by_clients)
         for name, measure in (("exchange", bench.exchange), ("overload", lambda: bench.overloaded(capacity))):
             figures[name] = measure()
             print(json.dumps({name: figures[name]}), file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,16 +45,15 @@ class Run:
 
 
 class Server:
-    """The command, from start to end.
+    """A server's process, from start to end.
 
     Args:
-        run: what it serves. options: of the command.
+        command: arguments of Python. It prints where it listens as `irlfast serve-reward` does.
     """
 
-    def __init__(self, run: Run, *options: str) -> None:
-        command = ["serve-reward", "--reward", str(run.folder), "--port", "0", *options]
+    def __init__(self, command: Sequence[str]) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "irlfast.cli", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         assert self._process.stdout is not None
         assert self._process.stderr is not None
@@ -63,7 +63,7 @@ class Server:
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()
-            raise RuntimeError("irlfast serve-reward did not start:\n" + "".join(self._errors))
+            raise RuntimeError("the server did not start:\n" + "".join(self._errors))
         self.url = str(json.loads(line)["url"])
 
     def _read(self, stream: IO[str]) -> None:
