@@ -2,7 +2,8 @@
 
 requests.py    JSON bodies as rows to judge, and scores as JSON
 batcher.py     a bounded queue, and batches that form while the model is busy
-live.py        the reward in service, the check of a new one and the exchange
+served.py      a reward ready to answer, and its version
+live.py        the reward in service, the trial of a new one and the exchange
 metrics.py     counters and histograms as Prometheus reads them
 app.py         routes, access, errors
 run.py         socket, signals, an end that answers what it took
@@ -10,8 +11,9 @@ run.py         socket, signals, an end that answers what it took
 
 from .app import AppOptions
 from .batcher import Batcher, QueueFullError
-from .live import LiveReward, LoadOptions, ReloadError, ServedReward, load
+from .live import LiveReward, ReloadError
 from .run import ServerOptions, serve
+from .served import LoadOptions, ServedReward, load
 
 __all__ = [
     "AppOptions",

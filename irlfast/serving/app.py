@@ -30,9 +30,10 @@ from irlfast.data import DataError, Demonstration
 from irlfast.scorer import Score
 
 from .batcher import Batcher, QueueFullError
-from .live import LiveReward, ReloadError, kind
+from .live import LiveReward, ReloadError
 from .metrics import CONTENT_TYPE, Metrics
 from .requests import openrlhf_answer, openrlhf_rows, parse_json, score_rows, served_number
+from .served import kind
 
 VERSION_HEADER = "X-Irlfast-Reward-Version"
 
@@ -133,10 +134,8 @@ class RewardApp:
         try:
             changed = await self.live.reload(Path(asked["reward"]) if "reward" in asked else None)
         except ReloadError as error:
-            in_service = self.live.served.version
-            return _error(
-                403 if error.forbidden else 422, f"{in_service} stays in service: {error}", version=in_service
-            )
+            stays = self.live.served.version
+            return _error(403 if error.forbidden else 422, f"{stays} stays in service: {error}", version=stays)
         served = self.live.served
         return _json({"changed": changed, **self._served()}, version=served.version)
 
@@ -217,7 +216,10 @@ class RewardApp:
             answer.headers["Retry-After"] = str(error.retry_after)
             return answer
         except web.HTTPException as error:
-            return _error(error.status, _words(error, request), headers=error.headers)
+            answer = _error(error.status, _words(error, request))
+            if isinstance(error, web.HTTPMethodNotAllowed):
+                answer.headers["Allow"] = error.headers["Allow"]
+            return answer
         except Exception as error:
             _log.exception("%s %s", request.method, request.path)
             return _error(500, f"the reward could not be computed: {type(error).__name__}: {error}")
@@ -253,19 +255,13 @@ def _words(error: web.HTTPException, request: web.Request) -> str:
     return error.text or error.reason
 
 
-def _json(
-    value: Any, *, status: int = 200, version: str | None = None, headers: Mapping[str, str] | None = None
-) -> web.Response:
+def _json(value: Any, *, status: int = 200, version: str | None = None) -> web.Response:
     body = json.dumps(value, allow_nan=False).encode()
     response = web.Response(body=body, status=status, content_type="application/json")
     if version is not None:
         response.headers[VERSION_HEADER] = version
-    if headers is not None and "Allow" in headers:
-        response.headers["Allow"] = headers["Allow"]
     return response
 
 
-def _error(
-    status: int, message: str, *, version: str | None = None, headers: Mapping[str, str] | None = None
-) -> web.Response:
-    return _json({"error": message}, status=status, version=version, headers=headers)
+def _error(status: int, message: str, *, version: str | None = None) -> web.Response:
+    return _json({"error": message}, status=status, version=version)

@@ -13,8 +13,9 @@ from typing import Any
 from aiohttp import web
 
 from .app import AppOptions, RewardApp
-from .live import LiveReward, LoadOptions, ServedReward
+from .live import LiveReward
 from .metrics import Metrics
+from .served import LoadOptions, ServedReward
 
 _log = logging.getLogger(__name__)
 

@@ -247,22 +247,28 @@ def test_a_watched_run_is_followed(start: Any, tiny: Any, growing: Path, caplog:
         assert caplog.text.count("names 'step-3', which is not a checkpoint here") == 1
         tiny.checkpoint(growing, 4)
         wait(lambda info: info["version"].startswith("step-4-"))
+        # One that was asked for stays, until there is a newer one.
+        assert client("/reload", {"reward": "checkpoints/step-1"}).version.startswith("step-1-")
+        client.loop.run(asyncio.sleep(0.15))
+        assert client("/info").value["version"].startswith("step-1-")
+        tiny.checkpoint(growing, 5)
+        wait(lambda info: info["version"].startswith("step-5-"))
 
 
 def test_a_reward_that_changes_while_it_is_read_is_refused(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import irlfast.serving.live as live
+    import irlfast.serving.served as served
 
     tiny.reward(1).save_pretrained(tmp_path)
-    real = live.load_scorer
+    real = served.load_scorer
 
     def slow(*given: Any, **named: Any) -> Any:
         scorer = real(*given, **named)
         tiny.reward(2).save_pretrained(tmp_path)
         return scorer
 
-    monkeypatch.setattr(live, "load_scorer", slow)
+    monkeypatch.setattr(served, "load_scorer", slow)
     with pytest.raises(ValueError, match="changed while it was read: try again"):
         load(LoadOptions(reward=tmp_path))
 
