@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import time
 from collections.abc import Sequence
@@ -16,6 +17,9 @@ from irlfast.scorer import RewardScorer, TextScorer, find_reward
 from irlfast.train.checkpoint import MANIFEST, verify_checkpoint
 
 from .batcher import Judged
+
+_TRIES = 5
+_log = logging.getLogger(__name__)
 
 Files = tuple[tuple[str, int, int], ...]
 """Names, sizes and modification times (ns)."""
@@ -90,7 +94,21 @@ def load(options: LoadOptions, path: Path | None = None, *, beside: ServedReward
     Returns:
         The reward, or `beside` where that is the one that lies there.
     """
-    folder = locate(path or options.reward).resolve()
+    path = path or options.reward
+    for _ in range(_TRIES - 1):
+        folder = locate(path).resolve()
+        try:
+            return _load(options, folder, beside)
+        except (OSError, ValueError) as error:
+            # A run that goes on drops its older checkpoints, also one that is just being read.
+            newer = locate(path).resolve()
+            if newer == folder:
+                raise
+            _log.info("%s could not be read (%s), %s is newer", folder, error, newer)
+    return _load(options, locate(path).resolve(), beside)
+
+
+def _load(options: LoadOptions, folder: Path, beside: ServedReward | None) -> ServedReward:
     step = folder.parent if folder.name == "reward" else folder
     if (step / MANIFEST).is_file():
         verify_checkpoint(step, under="policy/" if step == folder else "reward/")

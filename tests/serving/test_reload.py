@@ -273,6 +273,30 @@ def test_a_reward_that_changes_while_it_is_read_is_refused(
         load(LoadOptions(reward=tmp_path))
 
 
+@pytest.mark.parametrize("how", ["dropped", "damaged"])
+def test_a_checkpoint_that_is_dropped_while_it_is_read_is_passed_over(
+    tiny: Any, growing: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Bug: a server that was started beside a run that wrote checkpoints fast ended with "No such file"."""
+    import irlfast.serving.served as served
+
+    real = served.load_scorer
+
+    def slow(folder: Path, **named: Any) -> Any:
+        if folder.parent.name == "step-1":
+            if how == "dropped":
+                tiny.checkpoint(growing, 2)
+            shutil.rmtree(folder)
+        return real(folder, **named)
+
+    monkeypatch.setattr(served, "load_scorer", slow)
+    if how == "dropped":
+        assert load(LoadOptions(reward=growing)).version.startswith("step-2-")
+    else:  # nothing newer: it says what is wrong
+        with pytest.raises(FileNotFoundError):
+            load(LoadOptions(reward=growing))
+
+
 def test_a_damaged_first_reward_is_not_served(growing: Path) -> None:
     _damage(growing / "checkpoints" / "step-1")
     with pytest.raises(DamagedCheckpointError, match="other content than was written"):
