@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from irlfast.integrations.slime import icepop, loss, tis
-from irlfast.integrations.slime.loss import reducer_weights
+from irlfast.integrations.slime.weights import reducer_weights
 from irlfast.losses import policy_loss
 
 
@@ -142,6 +142,18 @@ def test_under_a_checkpoint_the_loss_is_computed_twice_and_the_same() -> None:
     assert len(calls) == 2
     expected, _ = written_out(args, batch, logits)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits)[0], rtol=0, atol=1e-12)
+
+
+def test_the_gradient_can_take_the_place_of_the_logits() -> None:
+    args = arguments(irlfast_inplace_backward=True, entropy_coef=0.1, rollout_temperature=0.5)
+    batch, leaf = micro_batch()
+    expected, _ = written_out(args, batch, leaf)
+    (expected_gradient,) = torch.autograd.grad(expected, leaf)
+    logits = leaf * 1.0
+    value, _ = loss(args, batch, logits, reducer(args, batch))
+    (gradient,) = torch.autograd.grad(value, logits)
+    assert gradient.data_ptr() == logits.data_ptr()
+    torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-12)
 
 
 def reject(args: Namespace, *, pg_loss: Tensor, loss_masks: list[Tensor], **kwargs: Any) -> Any:

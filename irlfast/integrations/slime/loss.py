@@ -17,10 +17,9 @@ gradient.
 
 from __future__ import annotations
 
-import importlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,10 +27,8 @@ from torch import Tensor
 from irlfast.losses import policy_loss
 from irlfast.ops import kl_estimate, sequence_logprobs, token_stats
 
-from .packing import IGNORED, Parallel, local_values, packed_labels, response_spans, response_values
-from .tis import tis
-
-Reducer = Callable[[Tensor], Tensor]
+from .packing import IGNORED, Parallel, Span, packed_labels, response_spans, response_values
+from .weights import Reducer, per_token, required, token_weights
 
 
 def loss(
@@ -46,7 +43,8 @@ def loss(
         args: slime's. Read are advantage_estimator, eps_clip, eps_clip_high, eps_clip_c, entropy_coef, use_kl_loss,
             kl_loss_coef, kl_loss_type, use_unbiased_kl, use_rollout_logprobs, use_tis, get_mismatch_metrics, tis_clip,
             tis_clip_low, custom_tis_function_path (by default `tis`), custom_pg_loss_reducer_function_path,
-            calculate_per_token_loss, use_opsm, opsm_delta, rollout_temperature, and the sizes of parallelism.
+            calculate_per_token_loss, use_opsm, opsm_delta, rollout_temperature, and the sizes of parallelism; and
+            irlfast_inplace_backward, true to write the logits' gradient over the logits (see `ops.token_stats`).
         batch: unconcat_tokens (of each sample [total_length]), total_lengths, response_lengths, loss_masks (each
             [response_length]), and of each sample a number a response token of this rank: advantages, log_probs,
             rollout_log_probs, ref_log_probs, the last three where slime made them.
@@ -63,120 +61,95 @@ def loss(
     """
     parallel = Parallel.of(args)
     estimator = getattr(args, "advantage_estimator", "grpo")
-    use_opsm = getattr(args, "use_opsm", False)
-    _refuse(args, logits, estimator, use_opsm, parallel)
-    spans, rows = response_spans(batch["total_lengths"], batch["response_lengths"], parallel)
-    if logits.shape[1] < rows:
-        raise ValueError(f"logits has {logits.shape[1]} rows; total_lengths says that the samples take {rows}")
-    labels = packed_labels(spans, batch["unconcat_tokens"], logits.shape[1], logits.device)
-    temperature = float(getattr(args, "rollout_temperature", 1.0))
-    stats = token_stats(logits[0], labels, temperature=temperature, ignore_index=IGNORED, group=parallel.vocab_group)
-    current = response_values(stats.logprob, spans)
-    logprob, entropy = torch.cat(current), torch.cat(response_values(stats.entropy, spans))
-    detached = [values.detach() for values in current]
-    old = _per_token(batch, "rollout_log_probs" if getattr(args, "use_rollout_logprobs", False) else "log_probs")
-    if old is None:
-        old = torch.cat(detached)
-    advantages = _required(batch, "advantages", "a policy loss")
-    for name, values in (("advantages", advantages), ("log-probs of the old policy", old)):
-        if values.shape != logprob.shape:
-            raise ValueError(f"{len(values)} {name} for {len(logprob)} response tokens of this rank")
+    _refuse(args, logits, estimator, parallel)
+    tokens = _tokens(args, batch, logits, parallel)
+    gap = tokens.old - tokens.logprob.detach()
+    means = _sequence_means(gap, batch) if estimator == "gspo" or getattr(args, "use_opsm", False) else None
+    weights = token_weights(args, batch, tokens.samples, tokens.spans, tokens.advantages, means, sum_of_sample_mean)
 
-    weights = reducer_weights(sum_of_sample_mean, logprob)
-    kept, factor = weights, torch.ones_like(weights)
-    log: dict[str, Tensor] = {}
-    gap = old - logprob.detach()
-    sequence_gap = None
-    if use_opsm or estimator == "gspo":
-        sequence_gap = _sequence_means(gap, batch)
-    if use_opsm:
-        assert sequence_gap is not None
-        dropped = ((advantages < 0) & (sequence_gap > args.opsm_delta)).to(weights.dtype)
-        factor = factor * (1 - dropped)
-        counts = [mask.sum().clamp(min=1) for mask in batch["loss_masks"]]
-        parts = dropped.split(list(batch["response_lengths"]))
-        log["opsm_clipfrac"] = sum((p.sum() / n for p, n in zip(parts, counts, strict=True)), weights.new_zeros(()))
-    masks: Sequence[Tensor] = batch["loss_masks"]
-    corrections: Mapping[str, Tensor] = {}
-    corrects = getattr(args, "use_tis", False) or getattr(args, "get_mismatch_metrics", False)
-    if corrects:
-        _required(batch, "rollout_log_probs", "--use-tis")
-        path = getattr(args, "custom_tis_function_path", None)
-        factor, masks, corrections = (load_function(path) if path else tis)(
-            args=args,
-            pg_loss=factor,
-            train_log_probs=batch.get("log_probs") or detached,
-            rollout_log_probs=batch["rollout_log_probs"],
-            loss_masks=batch["loss_masks"],
-            total_lengths=batch["total_lengths"],
-            response_lengths=batch["response_lengths"],
-        )
-        if masks is not batch["loss_masks"]:
-            prompts = [t - r for t, r in zip(batch["total_lengths"], batch["response_lengths"], strict=True)]
-            local = zip(masks, spans, prompts, strict=True)
-            kept = weights * torch.cat([local_values(mask, span, prompt) for mask, span, prompt in local])
-    policy_weights = kept
-    path = getattr(args, "custom_pg_loss_reducer_function_path", None)
-    if path:
-        per_token_loss = getattr(args, "calculate_per_token_loss", False)
-        reducer = load_function(path)(batch["total_lengths"], batch["response_lengths"], masks, per_token_loss)
-        policy_weights = reducer_weights(reducer, logprob)
-
-    log_ratio = -gap if sequence_gap is None or estimator != "gspo" else -sequence_gap
+    log_ratio = -gap if means is None or estimator != "gspo" else -means
     low, high = min(args.eps_clip, 1.0), getattr(args, "eps_clip_high", None)
     high = args.eps_clip if high is None else high
     ratio = log_ratio.exp()
     clamped = ratio.clamp(1 - low, 1 + high)
-    weighted = advantages * factor * policy_weights
+    weighted = tokens.advantages * weights.policy
     if estimator == "cispo":
         weighted, clipped = weighted * clamped, clamped != ratio
-        policy = policy_loss(logprob[None], weighted[None], kind="token", aggregation="token_sum").loss
+        policy = policy_loss(tokens.logprob[None], weighted[None], kind="token", aggregation="token_sum").loss
     else:
-        clipped = (ratio - clamped) * advantages > 0
-        policy = _clipped(args, batch, logprob, weighted, weights, old, estimator, (low, high))
-    # Without a response token on this rank the graph still has to reach the logits.
-    total = policy + stats.logprob.sum() * 0 if not len(logprob) else policy
-    entropy_loss = kept @ entropy
-    total = total - getattr(args, "entropy_coef", 0.0) * entropy_loss
+        clipped = (ratio - clamped) * tokens.advantages > 0
+        policy = _clipped(args, batch, tokens, weighted, weights.whole, estimator, (low, high))
+    entropy = weights.kept @ tokens.entropy
+    # On a rank without response tokens the graph still has to reach the logits.
+    total = policy - getattr(args, "entropy_coef", 0.0) * entropy + tokens.nothing
+    log = {"pg_loss": policy, "entropy_loss": entropy, **weights.log}
     if getattr(args, "use_kl_loss", False):
-        kl = _kl(args, logprob, old, _required(batch, "ref_log_probs", "--use-kl-loss"))
-        log["kl_loss"] = kept @ kl
+        ref = required(batch, "ref_log_probs", "--use-kl-loss")
+        log["kl_loss"] = weights.kept @ _kl(args, tokens.logprob, tokens.old, ref)
         total = total + args.kl_loss_coef * log["kl_loss"]
-
     log |= {
         "loss": total,
-        "pg_loss": policy,
-        "entropy_loss": entropy_loss,
-        "pg_clipfrac": kept @ clipped.to(kept.dtype),
-        "ppo_kl": -(kept @ log_ratio),
+        "pg_clipfrac": weights.kept @ clipped.to(ratio.dtype),
+        "ppo_kl": -(weights.kept @ log_ratio),
     }
-    if batch.get("rollout_log_probs"):
-        compared = logprob.detach() if getattr(args, "use_rollout_logprobs", False) else old
-        log["train_rollout_logprob_abs_diff"] = kept @ (compared - torch.cat(batch["rollout_log_probs"])).abs()
-    if corrects:
-        log["ois"] = weights @ ratio
-        log |= {name: weights @ values for name, values in corrections.items()}
-    if batch.get("opd_reverse_kl"):
-        log["opd_reverse_kl"] = kept @ torch.cat(batch["opd_reverse_kl"])
+    if (sampled := per_token(batch, "rollout_log_probs")) is not None:
+        compared = tokens.logprob.detach() if getattr(args, "use_rollout_logprobs", False) else tokens.old
+        log["train_rollout_logprob_abs_diff"] = weights.kept @ (compared - sampled).abs()
+    if weights.corrected:
+        log["ois"] = weights.whole @ ratio
+    if (distilled := per_token(batch, "opd_reverse_kl")) is not None:
+        log["opd_reverse_kl"] = weights.kept @ distilled
     return total, {name: value.detach().clone() for name, value in log.items()}
 
 
-def reducer_weights(reduce: Reducer, like: Tensor) -> Tensor:
-    """[N] what a linear reduction of [N] to a number multiplies each entry by: its gradient."""
-    # Inside a checkpoint, whose hooks would run the whole loss again for it, the tensors are kept as they are.
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-        entries = torch.zeros_like(like, requires_grad=True)
-        (weights,) = torch.autograd.grad(reduce(entries), entries)
-    return weights
+class _Tokens(NamedTuple):
+    """Of this rank's N response tokens, sample after sample.
+
+    logprob, entropy: [N], with gradient. samples: the log-probs of each sample, without. old, advantages: [N]. spans:
+    see `packing`. nothing: 0, and where N is 0 the way to the logits.
+    """
+
+    logprob: Tensor
+    entropy: Tensor
+    samples: list[Tensor]
+    old: Tensor
+    advantages: Tensor
+    spans: list[list[Span]]
+    nothing: Tensor | float
 
 
-def load_function(path: str) -> Any:
-    """What a dotted path names, as slime reads it."""
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+def _tokens(args: Any, batch: Mapping[str, Any], logits: Tensor, parallel: Parallel) -> _Tokens:
+    spans, rows = response_spans(batch["total_lengths"], batch["response_lengths"], parallel)
+    if logits.shape[1] < rows:
+        raise ValueError(f"logits has {logits.shape[1]} rows; total_lengths says that the samples take {rows}")
+    stats = token_stats(
+        logits.squeeze(0),  # whose gradient is a view; that of logits[0] would be copied into zeros
+        packed_labels(spans, batch["unconcat_tokens"], logits.shape[1], logits.device),
+        temperature=float(getattr(args, "rollout_temperature", 1.0)),
+        ignore_index=IGNORED,
+        inplace_backward=bool(getattr(args, "irlfast_inplace_backward", False)),
+        group=parallel.vocab_group,
+    )
+    current = response_values(stats.logprob, spans)
+    logprob = torch.cat(current)
+    old = per_token(batch, "rollout_log_probs" if getattr(args, "use_rollout_logprobs", False) else "log_probs")
+    old = logprob.detach() if old is None else old
+    advantages = required(batch, "advantages", "a policy loss")
+    for name, values in (("advantages", advantages), ("log-probs of the old policy", old)):
+        if values.shape != logprob.shape:
+            raise ValueError(f"{len(values)} {name} for {len(logprob)} response tokens of this rank")
+    return _Tokens(
+        logprob=logprob,
+        entropy=torch.cat(response_values(stats.entropy, spans)),
+        samples=[values.detach() for values in current],
+        old=old,
+        advantages=advantages,
+        spans=spans,
+        nothing=0.0 if len(logprob) else stats.logprob.sum(),
+    )
 
 
-def _refuse(args: Any, logits: Tensor, estimator: str, use_opsm: bool, parallel: Parallel) -> None:
+def _refuse(args: Any, logits: Tensor, estimator: str, parallel: Parallel) -> None:
     if logits.dim() != 3 or logits.shape[0] != 1:
         raise ValueError(f"logits has shape {tuple(logits.shape)}; expected [1, T, V], packed")
     top_p = getattr(args, "rollout_top_p", 1.0)
@@ -185,24 +158,18 @@ def _refuse(args: Any, logits: Tensor, estimator: str, use_opsm: bool, parallel:
             f"rollout_top_p is {top_p}: irlfast's loss does not renormalise over the sampled nucleus. Use "
             "--rollout-top-p 1, or --loss-type policy_loss"
         )
-    whole = "--use-opsm" if use_opsm else "advantage_estimator gspo" if estimator == "gspo" else None
+    whole = (
+        "--use-opsm"
+        if getattr(args, "use_opsm", False)
+        else "advantage_estimator gspo"
+        if estimator == "gspo"
+        else None
+    )
     if parallel.context_size > 1 and whole:
         raise NotImplementedError(
             f"{whole} needs whole responses, which context_parallel_size = {parallel.context_size} spreads over ranks: "
             "use a size of 1, or --loss-type policy_loss"
         )
-
-
-def _per_token(batch: Mapping[str, Any], name: str) -> Tensor | None:
-    values = batch.get(name)
-    return torch.cat(list(values)) if values else None
-
-
-def _required(batch: Mapping[str, Any], name: str, by: str) -> Tensor:
-    values = _per_token(batch, name)
-    if values is None:
-        raise ValueError(f"the batch has no {name}, which {by} needs")
-    return values
 
 
 def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
@@ -220,10 +187,9 @@ def _sequence_means(values: Tensor, batch: Mapping[str, Any]) -> Tensor:
 def _clipped(
     args: Any,
     batch: Mapping[str, Any],
-    logprob: Tensor,
+    tokens: _Tokens,
     weighted: Tensor,
     weights: Tensor,
-    old: Tensor,
     estimator: str,
     clip: tuple[float, float],
 ) -> Tensor:
@@ -233,22 +199,22 @@ def _clipped(
         # An empty response changes nothing, and one advantage a token could be taken for one a response.
         lengths = [length for length in batch["response_lengths"] if length]
         return policy_loss(
-            logprob,
+            tokens.logprob,
             weighted,
             torch.cat(list(batch["loss_masks"])),
             kind="gspo",
-            old_logprobs=old,
+            old_logprobs=tokens.old,
             clip=clip,
             dual_clip=dual_clip,
             aggregation="token_sum",
-            cu_seqlens=_offsets(lengths, logprob.device),
+            cu_seqlens=_offsets(lengths, weighted.device),
         ).loss
     return policy_loss(
-        logprob[None],
+        tokens.logprob[None],
         weighted[None],
         (weights != 0)[None],
         kind="ppo",
-        old_logprobs=old[None],
+        old_logprobs=tokens.old[None],
         clip=clip,
         dual_clip=dual_clip,
         aggregation="token_sum",

@@ -46,10 +46,10 @@ from irlfast.train.checkpoint import verify_checkpoint, write_checkpoint
 from irlfast.train.metrics import mean_rows
 from irlfast.train.trajectories import Trajectory, collate, read_trajectories
 
-from .loss import load_function
 from .reward import RewardSettings, is_true, reader_for, rescore, setting
 from .samples import flat, status
 from .scoring import SampleScorer
+from .weights import load_function
 
 _OF_THE_OPTIMIZER = (
     "irl_update_ratio", "irl_objective", "irl_objective_options", "reward_model_type", "reward_model_hidden_size",
