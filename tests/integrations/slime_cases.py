@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+import types
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+
+from irlfast.integrations.slime import loss
 
 VOCAB = 12
 # Prompt and response lengths: a response of one token, a prompt of one.
@@ -173,4 +180,43 @@ def written_out(args: Namespace, batch: dict[str, Any], logits: Tensor) -> tuple
         "pg_clipfrac": reduce(cut.double()),
         "ppo_kl": reduce(-ratio.log()),
         "train_rollout_logprob_abs_diff": reduce((compared - torch.cat(batch["rollout_log_probs"])).abs()),
+    }
+
+
+def slimes_loss(checkout: Path) -> types.ModuleType:
+    """slime's loss.py, whose package asks for GPUs and Megatron, over a Megatron that has one rank."""
+    mpu = types.ModuleType("megatron.core.mpu")
+    mpu.get_context_parallel_world_size = lambda: 1
+    mpu.get_tensor_model_parallel_group = mpu.get_context_parallel_group = lambda: None
+    core, megatron = types.ModuleType("megatron.core"), types.ModuleType("megatron")
+    core.mpu = mpu
+    backends = types.ModuleType("slime.backends.megatron_utils")
+    backends.__path__ = [str(checkout / "slime/backends/megatron_utils")]
+    httpx = types.ModuleType("httpx")  # slime's HTTP helpers name it in annotations
+    httpx.AsyncClient = object
+    stubs = {"megatron": megatron, "megatron.core": core, "megatron.core.mpu": mpu, "httpx": httpx}
+    with (
+        patch.dict(sys.modules, {**stubs, backends.__name__: backends}),
+        patch.object(sys, "path", [str(checkout), *sys.path]),
+        patch.object(torch, "compile", lambda **options: lambda function: function),
+    ):
+        return importlib.import_module("slime.backends.megatron_utils.loss")
+
+
+def compare(theirs: types.ModuleType, name: str) -> dict[str, float]:
+    """The largest differences to slime's own policy_loss for a case, in float32: of the loss, gradient and metrics."""
+    args = arguments(**CASES[name])
+    batch, logits = micro_batch(torch.float32)
+    lengths = (batch["total_lengths"], batch["response_lengths"], batch["loss_masks"], batch["rollout_mask_sums"])
+    reduce = theirs.get_sum_of_sample_mean(*lengths, args.calculate_per_token_loss)
+    expected, expected_metrics = theirs.policy_loss_function(args, batch, logits, reduce)
+    (expected_gradient,) = torch.autograd.grad(expected, logits)
+    value, metrics = loss(args, batch, logits, reduce)
+    (gradient,) = torch.autograd.grad(value, logits)
+    if set(metrics) != set(expected_metrics):
+        raise AssertionError(f"{name}: metrics {sorted(metrics)}; slime has {sorted(expected_metrics)}")
+    return {
+        "loss": float((value - expected).detach().abs()),
+        "gradient": float((gradient - expected_gradient).abs().max()),
+        "metrics": max(float((metrics[key] - number).abs()) for key, number in expected_metrics.items()),
     }
