@@ -211,6 +211,10 @@ def test_prompts_without_demonstrations_and_evaluation(
     assert metrics["irl/expert_loss"] == pytest.approx(-metrics["irl/expert_reward"])
     with pytest.raises(ValueError, match="no reward: set irlfast_reward"):
         generate_rollout(Namespace(), 0, slime)
+    with pytest.raises(ValueError, match="irlfast_reward is 'saved' and irl_demonstrations is set"):
+        generate_rollout(make(irlfast_reward="saved"), 0, slime)
+    with pytest.raises(ValueError, match="no language model for the reward to read"):
+        generate_rollout(make(hf_checkpoint=None), 0, slime)
 
 
 def test_rollouts_of_an_engine_in_the_documents_form(slime: Slime) -> None:

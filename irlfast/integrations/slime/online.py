@@ -104,6 +104,11 @@ class OnlineReward:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.settings = settings = RewardSettings.of(args)
+        if settings.path:
+            raise ValueError(
+                f"irlfast_reward is {settings.path!r} and irl_demonstrations is set: samples would be judged by the "
+                "saved reward while another one learns. Set one of the two"
+            )
         name = settings.model or settings.policy
         if not name:
             raise ValueError("no language model for the reward to read: set irlfast_reward_model or --hf-checkpoint")

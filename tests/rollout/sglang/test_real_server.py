@@ -12,6 +12,7 @@ import pytest
 import torch
 from sglang_checks import EOS, PAD, assert_as_exact, assert_close, changed, logits_of, logprobs_of
 
+from irlfast.integrations import slime
 from irlfast.losses import policy_loss
 from irlfast.rollout import Rollouts, SamplingParams, SGLangEngine, SGLangServerEngine, TransformersEngine
 
@@ -294,3 +295,23 @@ def test_the_longest_rows_that_are_accepted_are_whole(engine: SGLangEngine, poli
     for length, tokens, temperature in ((506, 1, 1.0), (505, 6, 1.0), (495, 11, 0.5)):
         with pytest.raises(ValueError, match="exceeds what the server takes"):
             engine.generate([prompt[:1] * length], SamplingParams(max_new_tokens=tokens, temperature=temperature))
+
+
+def test_the_functions_of_bi_level_irl_take_its_rollouts(
+    engine: SGLangEngine, policy: Any, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    found = slime.generate_rollouts_with_sglang(engine, prompts, num_samples=2, max_new_tokens=6)
+    states = transformers_engine(policy).hidden_states(found["rollouts"])
+    assert_close(found["hidden_states"][found["mask"]], states[found["mask"]])
+    assert found["groups"].tolist() == [i // 2 for i in range(2 * len(prompts))]
+    experts = [{"hidden_states": torch.randn(3, states.shape[2]), "actions": torch.tensor([5, 6, EOS])}] * 4
+    torch.save(experts, tmp_path / "experts.pt")
+    optimizer = slime.setup_bi_level_irl(
+        expert_dataloader=slime.load_expert_demonstrations(tmp_path / "experts.pt", batch_size=4, eos_token_id=EOS)
+    )
+    rewards = slime.integrate_with_rollout(optimizer, found)["rewards"]
+    assert rewards.shape == (2 * len(prompts),)
+    metrics = optimizer.update_reward_model(policy_rollouts=found)
+    again = slime.integrate_with_rollout(optimizer, found)["rewards"]
+    assert metrics["policy_loss"] == metrics["sample_reward"]
+    assert not torch.equal(again, rewards)
