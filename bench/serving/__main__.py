@@ -114,15 +114,16 @@ class Bench:
     def load(self, server: Server, seconds: float | None = None, **plan: Any) -> dict[str, Any]:
         return outcome(self.client(server, seconds or self.options.seconds, **plan))
 
-    def direct(self) -> float:
-        """Rows a second of the scorer alone, 64 at a time as the server gathers them, in this process."""
+    def direct(self) -> dict[str, float]:
+        """The scorer alone, 64 rows at a time as the server gathers them, in this process."""
         scorer = RewardScorer.from_pretrained(self.run.folder, batch_size=32)
         scorer.score(self.rows[:64])
-        start, done = time.perf_counter(), 0
+        start, cpu, done = time.perf_counter(), time.process_time(), 0
         while time.perf_counter() - start < self.options.seconds:
             scorer.score([self.rows[(done + i) % len(self.rows)] for i in range(64)])
             done += 64
-        return done / (time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        return {"rows_per_second": done / seconds, "cpu_ms_per_row": 1000 * (time.process_time() - cpu) / done}
 
     def speed(self) -> dict[str, Any]:
         """By clients; batches of one beside them; the scorer without a server, and the server without a scorer."""
@@ -144,12 +145,12 @@ class Bench:
         table = [
             {"batches": size, "connections": count, **_medians(found)} for (size, count), found in measured.items()
         ]
-        return {"scorer_alone_rows_per_second": round(statistics.median(alone), 1), "by_connections": table}
+        return {"scorer_alone": _medians(alone), "by_connections": table}
 
     def _stretch(self, server: Server, connections: int) -> dict[str, Any]:
-        before = server.get("/info")
+        before, cpu = server.get("/info"), server.cpu_seconds()
         found = self.load(server, connections=connections)
-        after = server.get("/info")
+        after, cpu = server.get("/info"), server.cpu_seconds() - cpu
         assert found["lost"] == found["unsent"] == 0, found
         batches = after["batches"] - before["batches"]
         warm = self.options.seconds / 4
@@ -160,6 +161,7 @@ class Bench:
             "requests_per_second": len(kept) / (last - warm),
             **_latency(kept),
             "rows_per_batch": (after["rows"] - before["rows"]) / batches,
+            "cpu_ms_per_request": 1000 * cpu / len(found["replies"]),
         }
 
     def exchange(self) -> dict[str, Any]:

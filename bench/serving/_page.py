@@ -22,15 +22,19 @@ def renew(page: str, figures: Mapping[str, Any]) -> str:
 
 def text(figures: Mapping[str, Any]) -> str:
     """A table and a list."""
-    lines = ["| batches | clients | requests/s | p50, ms | p99, ms | rows a batch |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| batches | clients | requests/s | p50, ms | p99, ms | rows a batch | processor time a request, ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in figures["by_connections"]:
         shown = " | ".join(f"{row[name]:.1f}" for name in ("requests_per_second", "p50_ms", "p99_ms", "rows_per_batch"))
-        lines.append(f"| {row['batches']} | {row['connections']} | {shown} |")
+        lines.append(f"| {row['batches']} | {row['connections']} | {shown} | {row['cpu_ms_per_request']:.2f} |")
     exchange, overload, end, machine = (figures[name] for name in ("exchange", "overload", "end", "provenance"))
-    taken, refused = overload["taken"], overload["refused"]
+    alone, taken, refused = figures["scorer_alone"], overload["taken"], overload["refused"]
     lines += [
         "",
-        f"- The scorer alone, in one process without a server: {figures['scorer_alone_rows_per_second']:.1f} rows/s.",
+        f"- The scorer alone, 64 rows at a time without a server: {alone['rows_per_second']:.1f} rows/s, "
+        f"{alone['cpu_ms_per_row']:.2f} ms of processor time a row.",
         f"- {exchange['exchanges']} rewards exchanged under {exchange['connections']} clients: {exchange['requests']} "
         f"requests, {exchange['lost']} lost, {exchange['other_than_200']} answered with an error, "
         f"{exchange['answers_unlike_their_version']} answers unlike those of the version in their header; "
