@@ -76,8 +76,7 @@ class RewardApp:
         self.options = options
         self.live = live
         self.metrics = metrics
-        self.stopping = False
-        """Set where the server is about to end: the answers then say that their connections end too."""
+        self._stopping = False
         self.batcher = Batcher(
             live.judge,
             executor,
@@ -103,6 +102,11 @@ class RewardApp:
             ]
         )
         return app
+
+    def stop_soon(self) -> None:
+        """From now on answers say that their connections end, and what waits is judged without delay."""
+        self._stopping = True
+        self.batcher.hurry()
 
     async def close(self) -> None:
         """Stop judging."""
@@ -194,7 +198,7 @@ class RewardApp:
     async def _outermost(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
         start = time.perf_counter()
         response = await self._answered(request, handler)
-        if self.stopping:
+        if self._stopping:
             response.force_close()
         resource = request.match_info.route.resource
         path = "other" if resource is None else resource.canonical

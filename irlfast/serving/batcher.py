@@ -125,6 +125,11 @@ class Batcher:
                 self.waiting -= len(rows)
             raise
 
+    def hurry(self) -> None:
+        """Let no request wait for others any more."""
+        self._wait = 0.0
+        self._enough.set()
+
     async def close(self) -> None:
         """Stop; whoever still waits is cancelled."""
         self._task.cancel()

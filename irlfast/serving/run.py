@@ -74,5 +74,5 @@ async def serve(
         host, port = runner.addresses[0][:2]
         started({"url": f"http://{f'[{host}]' if ':' in host else host}:{port}", "version": served.version})
         await stop.wait()
-        app.stopping = True
+        app.stop_soon()
         _log.info("stopping: %d rows wait", app.batcher.waiting)

@@ -109,7 +109,7 @@ def test_told_to_stop_it_answers_what_it_took_and_ends_well(
 
     with ThreadPoolExecutor(1) as other_thread:
         asking = other_thread.submit(loop.run, asyncio.wait_for(asked(), 30))
-        arguments = ["--port", url.rsplit(":", 1)[1], "--batch-wait-ms", "300", "--threads", "1"]
+        arguments = ["--port", url.rsplit(":", 1)[1], "--batch-wait-ms", "60000", "--threads", "1"]
         assert main(["serve-reward", "--reward", str(run), *arguments]) == 0
         answers = asking.result()
     (want,) = served.judge([Demonstration(**BODY)]).scores  # type: ignore[arg-type]

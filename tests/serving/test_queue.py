@@ -53,16 +53,16 @@ def test_requests_that_come_together_are_judged_together(
 
 
 def test_an_idle_model_waits_for_others_so_long_and_no_longer(serving: Any, served: ServedReward, gated: Any) -> None:
-    with serving(replace(served, scorer=gated), batch_wait=0.25) as client:
+    with serving(replace(served, scorer=gated), batch_wait=0.8) as client:
 
         async def asked(count: int) -> float:
             start = asyncio.get_running_loop().time()
             await asyncio.gather(*(client.ask("/", body(i)) for i in range(count)))
             return asyncio.get_running_loop().time() - start
 
-        assert client.loop.run(asked(3)) >= 0.25
+        assert client.loop.run(asked(3)) >= 0.8
         assert sorted(map(len, gated.batches)) == [3]
-        assert client.loop.run(asked(8)) < 0.2  # a whole batch waits for nobody
+        assert client.loop.run(asked(8)) < 0.7  # a whole batch waits for nobody
         assert len(gated.batches[1]) == 8
 
 
