@@ -214,17 +214,41 @@ def fake_megatron(rank: int, size: int) -> dict[str, types.ModuleType]:
 @pytest.mark.parametrize("size", [2, 3])
 def test_context_parallel_ranks_add_up_to_the_whole(size: int) -> None:
     """Samples of 7, 2, 11 and 5 tokens in 4 or 6 chunks: some of one token, some of padding alone."""
-    args = arguments(
-        context_parallel_size=size,
-        entropy_coef=0.05,
-        use_tis=True,
-        use_kl_loss=True,
-        kl_loss_coef=0.2,
-        kl_loss_type="k2",
-    )
+    kl = {"use_kl_loss": True, "kl_loss_coef": 0.2, "kl_loss_type": "k2"}
+    args = arguments(context_parallel_size=size, entropy_coef=0.05, use_tis=True, **kl)
     batch, logits = micro_batch()
-    expected, expected_metrics = written_out(args, batch, logits)
-    (expected_gradient,) = torch.autograd.grad(expected, logits)
+    expected, metrics = written_out(args, batch, logits)
+    (gradient,) = torch.autograd.grad(expected, logits)
+    assert_ranks_add_up(args, batch, logits, expected, gradient, metrics)
+
+
+def test_context_parallel_ranks_reject_the_tokens_that_they_have() -> None:
+    hooks = types.ModuleType("slime_hooks")
+    hooks.reject = lambda **given: (given["pg_loss"], [*given["loss_masks"][:2], *alternating(given)], {})
+    args = arguments(entropy_coef=0.05, use_tis=True, custom_tis_function_path="slime_hooks.reject")
+    batch, logits = micro_batch()
+    with patch.dict(sys.modules, {"slime_hooks": hooks}):
+        expected, metrics = loss(args, batch, logits, reducer(args, batch))
+        (gradient,) = torch.autograd.grad(expected, logits)
+        args.context_parallel_size = 2
+        assert_ranks_add_up(args, batch, logits, expected, gradient, metrics)
+    assert abs(float((expected - written_out(arguments(entropy_coef=0.05), batch, logits)[0]).detach())) > 1e-3
+
+
+def alternating(given: dict[str, Any]) -> list[Tensor]:
+    """The last two samples' masks without every second token."""
+    return [mask * (torch.arange(len(mask)) % 2 == 0) for mask in given["loss_masks"][2:]]
+
+
+def assert_ranks_add_up(
+    args: Namespace,
+    batch: dict[str, Any],
+    logits: Tensor,
+    expected: Tensor,
+    expected_gradient: Tensor,
+    expected_metrics: dict[str, Tensor],
+) -> None:
+    size = args.context_parallel_size
     total, sums, gradient = torch.zeros(()), dict.fromkeys(expected_metrics, 0.0), torch.zeros_like(logits)
     for rank in range(size):
         rows, tokens = zigzag(batch, rank, size)

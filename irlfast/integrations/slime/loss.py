@@ -55,8 +55,8 @@ def loss(
         The loss, 0-d, and detached 0-d metrics under the names of slime's policy_loss.
 
     Raises:
-        NotImplementedError: --rollout-top-p other than 1; --allgather-cp; gspo, --use-opsm or a TIS that rejects
-            tokens, with context parallelism where each needs whole responses.
+        NotImplementedError: --rollout-top-p other than 1; with context parallelism --allgather-cp, and gspo or
+            --use-opsm, which need whole responses.
         ValueError: shapes that do not fit together, or something that the options need and the batch lacks.
     """
     parallel = Parallel.of(args)
