@@ -20,8 +20,11 @@ def body(i: int) -> dict[str, str]:
 
 
 async def until_waiting(client: Any, rows: int) -> None:
-    while (await client.ask("/info")).value["waiting_rows"] != rows:
-        await asyncio.sleep(0.005)
+    for _ in range(1000):
+        if (await client.ask("/info")).value["waiting_rows"] == rows:
+            return
+        await asyncio.sleep(0.01)
+    pytest.fail(f"never {rows} rows in the queue")
 
 
 @pytest.mark.parametrize(
