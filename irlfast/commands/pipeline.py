@@ -38,7 +38,11 @@ class PipelineCommand:
     out: Path = Path("runs/pipeline")
     """Folder for tuned/, pairs.jsonl, extracted/, retuned/ and summary.json."""
     tune: TuningConfig = field(default_factory=TuningConfig)
-    """Both tunings."""
+    """Both tunings, but for the second one's weight of the KL."""
+    retune_beta: float | None = None
+    """Weight of the KL in the second tuning, in units of the extracted reward; by default `--extract.beta`. What
+    bradley_terry, maxent and airl extract is that times log(tuned / base) of an answer, so with it the second tuning's
+    optimum is the tuned model again. Name one for an objective whose reward has no such unit."""
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(max_new_tokens=64, n=2))
     """How the tuned model and its base are sampled for the pairs."""
     max_prompts: int = 1000
@@ -58,6 +62,11 @@ class PipelineCommand:
     device: str = "auto"
     """Where to run: auto takes an accelerator where there is one."""
 
+    @property
+    def retune(self) -> TuningConfig:
+        """The second tuning."""
+        return replace(self.tune, beta=self.extract.beta if self.retune_beta is None else self.retune_beta)
+
 
 def run_pipeline(command: PipelineCommand) -> int:
     """Run the steps that are not done yet, and write summary.json."""
@@ -68,14 +77,14 @@ def run_pipeline(command: PipelineCommand) -> int:
         (
             "tune on the true reward",
             out / "tuned" / "summary.json",
-            lambda: _tune(command, "tuned", command.true_reward),
+            lambda: _tune(command, "tuned", command.true_reward, command.tune),
         ),
         ("sample both models", out / "pairs.jsonl", lambda: _pairs(command)),
         ("extract the reward", out / "extracted" / "report.json", lambda: _extract(command)),
         (
             "tune a fresh model on the extracted reward",
             out / "retuned" / "summary.json",
-            lambda: _tune(command, "retuned", str(out / "extracted" / "reward")),
+            lambda: _tune(command, "retuned", str(out / "extracted" / "reward"), command.retune),
         ),
     )
     for number, (name, product, run) in enumerate(steps, 1):
@@ -128,7 +137,7 @@ def reward_at_kl(rows: list[dict[str, Any]], kl: float) -> float:
     return float(rows[-1]["true_reward"])
 
 
-def _tune(command: PipelineCommand, name: str, reward: str) -> int:
+def _tune(command: PipelineCommand, name: str, reward: str, config: TuningConfig) -> int:
     folder = command.out / name
     return run_tune(
         TuneCommand(
@@ -141,7 +150,7 @@ def _tune(command: PipelineCommand, name: str, reward: str) -> int:
             prompt_tokens=command.prompt_tokens,
             heldout=command.heldout,
             device=command.device,
-            train=command.tune,
+            train=config,
         )
     )
 

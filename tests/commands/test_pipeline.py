@@ -55,6 +55,9 @@ def test_a_chain_that_is_stopped_goes_on_at_its_step_and_ends_alike(
 
     assert summaries[0]["start"]["kl"] == 0
     assert summaries[0]["tuned"]["iteration"] == summaries[0]["retuned"]["iteration"] == 2
+    # An extracted reward is in nats, the true one in units of its own: each tuning has the KL weight of its reward.
+    states = [json.loads((whole / run / "checkpoints/step-2/state.json").read_text()) for run in ("tuned", "retuned")]
+    assert [state["config"]["beta"] for state in states] == [0.1, 1.0]
     report = json.loads((whole / "extracted" / "report.json").read_text())
     assert {"accuracy", "spearman", "truth_accuracy", "length_spearman"} <= report["test"].keys()
     assert {"accuracy", "auc"} <= report["tfidf"].keys()
