@@ -88,6 +88,8 @@ class Bar:
     speedup     a family                       the best of the family's time / ours, at least
     share       ceilings and how often each    their time / ours, at least
     overrun     ceilings and how often each    ours / their time, at most
+    parity      two ceilings, an op of ours    the best eager form's time / ours, over the second ceiling's time / the
+                and its eager form             first's, at least
     seconds                                    one call, at most
     extra_mib                                  peak memory above inputs and outputs, at most
     error       an output                      largest error against float64, at most, or below the best eager form's
@@ -97,7 +99,7 @@ class Bar:
         further: a later aim, reported but not asked for yet.
     """
 
-    kind: Literal["speedup", "share", "overrun", "seconds", "extra_mib", "error"]
+    kind: Literal["speedup", "share", "overrun", "parity", "seconds", "extra_mib", "error"]
     limit: float
     against: str | Mapping[str, int] = ""
     malloc: str | None = None
@@ -111,6 +113,8 @@ class Bar:
             return f"at least {self.limit:.0%} of {self._floor()} bandwidth{', later' if self.further else ''}"
         if self.kind == "overrun":
             return f"at most {self.limit:.2f} x the bare {self._floor()}"
+        if self.kind == "parity":
+            return f"at least {self.limit:g} x what {next(iter(self.against))} gains over eager PyTorch"
         if self.kind == "seconds":
             return f"at most {self.limit * 1e6:g} us a call"
         if self.kind == "extra_mib":
@@ -168,6 +172,14 @@ def judge(bar: Bar, subject: str, figures: Mapping[str, Mapping[str, Any]]) -> d
             share = sum(count * figures[name]["ratio"] for name, count in bar.against.items())
             value = share if bar.kind == "share" else 1 / share
             met = value >= bar.limit if bar.kind == "share" else value <= bar.limit
+    elif bar.kind == "parity":
+        assert not isinstance(bar.against, str)
+        op, form = bar.against
+        eager = {name: f["ratio"] for name, f in figures.items() if f["family"] == "eager"}
+        if eager and op in figures and form in figures:
+            against = min(eager, key=lambda name: eager[name])
+            value = eager[against] * figures[op]["ratio"] / figures[form]["ratio"]
+            met = value >= bar.limit
     elif bar.kind == "seconds":
         value = figures[subject]["median_ms"] / 1e3
         met = value <= bar.limit
@@ -176,9 +188,9 @@ def judge(bar: Bar, subject: str, figures: Mapping[str, Mapping[str, Any]]) -> d
         met = None if value is None else value <= bar.limit
     else:
         value = figures[subject]["error"][str(bar.against)]
-        eager = {n: f["error"][str(bar.against)] for n, f in figures.items() if f["family"] == "eager"}
-        against = min(eager, key=lambda name: eager[name]) if eager else None
-        met = value <= bar.limit or (against is not None and value <= eager[against])
+        errors = {n: f["error"][str(bar.against)] for n, f in figures.items() if f["family"] == "eager"}
+        against = min(errors, key=lambda name: errors[name]) if errors else None
+        met = value <= bar.limit or (against is not None and value <= errors[against])
     return {
         "bar": str(bar),
         "kind": bar.kind,

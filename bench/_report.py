@@ -106,7 +106,7 @@ def summary(rows: Iterable[Row]) -> list[dict[str, Any]]:
 def _worse(verdict: Verdict, other: Verdict) -> bool:
     if verdict["met"] != other["met"]:
         return not verdict["met"]
-    lower_is_worse = verdict["kind"] in ("speedup", "share")
+    lower_is_worse = verdict["kind"] in ("speedup", "share", "parity")
     return bool(verdict["value"] < other["value"] if lower_is_worse else verdict["value"] > other["value"])
 
 
