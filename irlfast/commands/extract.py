@@ -37,7 +37,7 @@ class PreferenceConfig:
     lower_is_better: bool = False
     """Prefer the lower score, as of toxicity; scores are negated, so that higher is better in every figure."""
     pairs_per_text: int = 1
-    """Partners drawn for each scored text."""
+    """Partners drawn for each scored text of the train split; in the others it is one."""
     min_gap: float = 0.0
     """Least difference of two scores that makes a pair."""
     label_threshold: float | None = None

@@ -46,7 +46,8 @@ def load_preferences(
         score_field: name of the score, for scored texts only.
         lower_is_better: prefer the lower score (toxicity); ground-truth scores then come back negated, so that higher
             is better everywhere.
-        pairs_per_text: partners drawn for each scored text within its split (and its prompt).
+        pairs_per_text: partners drawn for each scored text of the train split, within it (and its prompt). Elsewhere it
+            is one, so that the pairs of an interval share few texts.
         min_gap: least difference of two scores that makes a pair, at least 0; equal scores never do.
         fractions: shares of train, validation and test, positive, that add up to 1.
         limit: read the first so many rows; None is all.
@@ -71,10 +72,11 @@ def load_preferences(
         sign = -1.0 if lower_is_better else 1.0
         texts = split_by_key([read_scored(row, where, score_field, sign) for where, row in located], fractions, seed)
 
-        def pair(rows: list[Scored]) -> list[Preference]:
-            return pair_scored(rows, pairs_per_text=pairs_per_text, min_gap=min_gap, seed=seed)
+        def pair(rows: list[Scored], partners: int = 1) -> list[Preference]:
+            return pair_scored(rows, pairs_per_text=partners, min_gap=min_gap, seed=seed)
 
-        splits = Splits(train=pair(texts.train), validation=pair(texts.validation), test=pair(texts.test))
+        train = pair(texts.train, pairs_per_text)
+        splits = Splits(train=train, validation=pair(texts.validation), test=pair(texts.test))
     else:
         rows = list(read_pairs(located))
         told = {row.split for row in rows}

@@ -112,6 +112,8 @@ def test_scored_texts_prefer_the_right_side_and_never_cross_a_split(tmp_path: Pa
     with gzip.open(path, "wt") as file:
         file.writelines(json.dumps({"text": f"t{i % 90}", "toxicity": (i % 90) % 3 / 2}) + "\n" for i in range(100))
     splits = load_preferences(path, score_field="toxicity", lower_is_better=True, pairs_per_text=3, fractions=THIRDS)
+    # Three partners a text to learn from, one to be judged by.
+    assert 2 * len(splits.test) < len(splits.train)
     texts = []
     for part in (splits.train, splits.validation, splits.test):
         assert len({(p.chosen, p.rejected) for p in part}) == len(part)
