@@ -6,15 +6,14 @@ python -m bench.experiments.iq_report        renews the tables of docs/results.m
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parents[2] / "docs" / "results"
-PAGE = RESULTS.parent / "results.md"
+from bench.experiments.page import PAGE, RESULTS, Tables, markdown, renew
+
 Run = dict[str, Any]
 LANGUAGE = {
     "held-out NLL": "heldout_nll",
@@ -54,11 +53,11 @@ def mean_and_spread(values: Sequence[float | None]) -> str:
 
 
 def table(groups: Mapping[tuple[str, ...], Sequence[Run]], heads: Sequence[str], columns: Mapping[str, str]) -> str:
-    lines = [[*heads, *columns, "seeds"], ["---"] * (len(heads) + len(columns) + 1)]
+    lines = [[*heads, *columns, "seeds"]]
     for key, runs in groups.items():
         cells = [mean_and_spread([run.get(metric) for run in runs]) for metric in columns.values()]
         lines.append([*key, *cells, str(len(runs))])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(lines)
 
 
 def grouped(runs: Sequence[Run], key: Callable[[Run], tuple[str, ...]]) -> dict[tuple[str, ...], list[Run]]:
@@ -97,27 +96,12 @@ def best_table() -> str:
     return table(ordered, ["rows", "method"], {**ARITHMETIC, "λ chosen": "lambda"})
 
 
-TABLES: dict[str, Callable[[], str]] = {
+TABLES: Tables = {
     "stories": lambda: language_table("stories"),
     "gsm8k": lambda: language_table("gsm8k"),
     "arithmetic": arithmetic_table,
     "arithmetic, chosen": best_table,
 }
-
-
-def renew(page: str) -> str:
-    """The page with each table between its marks made anew.
-
-    Raises:
-        ValueError: a mark that names no table.
-    """
-
-    def made(match: re.Match[str]) -> str:
-        if match["name"] not in TABLES:
-            raise ValueError(f"no table is called {match['name']!r}; there are {', '.join(TABLES)}")
-        return f"{match['open']}\n{TABLES[match['name']]()}\n"
-
-    return re.sub(r"(?P<open><!-- iq: (?P<name>[^>]+) -->)\n.*?(?=<!-- end -->)", made, page, flags=re.DOTALL)
 
 
 def draw(task: str, picture: Path) -> None:
@@ -151,7 +135,7 @@ def draw(task: str, picture: Path) -> None:
 
 
 def main() -> int:
-    PAGE.write_text(renew(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(renew(PAGE.read_text(encoding="utf-8"), "iq", TABLES), encoding="utf-8")
     for task in ("stories", "gsm8k"):
         if read(task):
             draw(task, RESULTS / f"iq_learn_{task}.png")

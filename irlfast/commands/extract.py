@@ -83,7 +83,8 @@ class ExtractCommand:
     rival: bool = False
     """Also report a logistic regression on TF-IDF weights, learned from the same pairs (scikit-learn)."""
     shuffle_labels: bool = False
-    """Learn from, and choose by, pairs turned round at random: a check that must end at chance."""
+    """Learn from, and choose by, pairs turned round at random, anew for each seed: a check that must end at chance, in
+    the mean over seeds. (One reward learned from noise points somewhere, and the truth may point there too.)"""
     also: tuple[str, ...] = ()
     """Further files to report on without training on them, FILE or FILE:SCORE_FIELD: a tenth of their rows fits the
     threshold of F1, the others are test rows."""
@@ -189,12 +190,11 @@ class _Run:
 
 def _train(command: ExtractCommand, answers: Answers, splits: Splits[Preference], reader: _Reader) -> list[_Run]:
     """One reward a seed."""
-    train, validation = (answers.pairs(rows)[0] for rows in (splits.train, splits.validation))
-    if command.shuffle_labels:
-        # Validation pairs too: the pass that is kept would otherwise be chosen by true labels.
-        train, validation = (shuffled_pairs(pairs, command.train.seed) for pairs in (train, validation))
+    known = [answers.pairs(rows)[0] for rows in (splits.train, splits.validation)]
     options, runs = command.reward, []
     for seed in range(command.train.seed, command.train.seed + command.seeds):
+        # Validation pairs are shuffled too: the pass that is kept would otherwise be chosen by true labels.
+        train, validation = (shuffled_pairs(pairs, seed) for pairs in known) if command.shuffle_labels else known
         torch.manual_seed(derive_seed(seed, "reward", 0))
         reward = RewardModel(
             RewardModelConfig(

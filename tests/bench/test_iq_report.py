@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from bench.experiments import iq_report
+from bench.experiments.page import PAGE, renew
 
 
 def test_the_page_has_the_tables_that_the_results_make() -> None:
-    page = iq_report.PAGE.read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
     assert "<!-- iq: " in page
-    assert iq_report.renew(page) == page
+    assert renew(page, "iq", iq_report.TABLES) == page
 
 
 def test_means_and_spreads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,9 +32,12 @@ def test_means_and_spreads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert iq.startswith("| IQ 0.1 | 3.000 |")
     assert iq.endswith("| 0.500 | 1 |")
     page = "a\n<!-- iq: stories -->\nold\n<!-- end -->\nb\n"
-    assert iq_report.renew(page) == f"a\n<!-- iq: stories -->\n{iq_report.language_table('stories')}\n<!-- end -->\nb\n"
+    assert (
+        renew(page, "iq", iq_report.TABLES)
+        == f"a\n<!-- iq: stories -->\n{iq_report.language_table('stories')}\n<!-- end -->\nb\n"
+    )
     with pytest.raises(ValueError, match="no table is called 'nothing'"):
-        iq_report.renew("<!-- iq: nothing -->\n<!-- end -->")
+        renew("<!-- iq: nothing -->\n<!-- end -->", "iq", iq_report.TABLES)
 
 
 def test_the_best_lambda_is_chosen_by_validation_answers_seed_by_seed(
