@@ -42,11 +42,10 @@ class Sampler:
 
     async def generate(self, request: web.Request) -> web.Response:
         if self.server is not None:
-            async with (
-                ClientSession() as session,
-                session.post(self.server + "/generate", data=await request.read()) as r,
-            ):
-                return web.Response(body=await r.read(), status=r.status, content_type="application/json")
+            data, headers = await request.read(), {"Content-Type": "application/json"}
+            async with ClientSession(headers=headers) as session:
+                answer = await session.post(self.server + "/generate", data=data)
+                return web.Response(body=await answer.read(), status=answer.status, content_type="application/json")
         body = await request.json()
         wanted = body["sampling_params"]
         self.count += 1
