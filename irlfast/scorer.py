@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,17 @@ class Score:
     kind: str | None = None
     components: dict[str, float] = field(default_factory=dict)
     advantages: list[float] | None = None
+
+    def served(self, *, raw: bool = False) -> float:
+        """What a policy is rewarded with: normalised where the reward is, unless raw ones are asked for.
+
+        Raises:
+            ArithmeticError: it is not finite, and no policy should be trained on it.
+        """
+        number = self.reward if raw or self.normalised is None else self.normalised
+        if not math.isfinite(number):
+            raise ArithmeticError(f"the reward of a response is {number}: the reward model has diverged")
+        return number
 
     def to_json(self) -> dict[str, Any]:
         """Its fields as plain values, without those that are empty."""

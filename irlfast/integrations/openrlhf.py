@@ -80,7 +80,7 @@ class RewardFunction:
             _log.exception("no reward for %d samples", len(queries))
             raise
         raw = torch.tensor([score.reward for score in scores])
-        rewards = torch.tensor([score.reward if score.normalised is None else score.normalised for score in scores])
+        rewards = torch.tensor([score.served() for score in scores])
         return {"rewards": rewards, "scores": rewards.sigmoid(), "extra_logs": {"raw_reward": raw}}
 
     def _tokenize(self, query: str, prompt: str) -> TokenizedDemonstration:

@@ -32,7 +32,7 @@ from irlfast.scorer import Score
 from .batcher import Batcher, QueueFullError
 from .live import LiveReward, ReloadError
 from .metrics import CONTENT_TYPE, Metrics
-from .requests import openrlhf_answer, openrlhf_rows, parse_json, score_rows, served_number
+from .requests import openrlhf_answer, openrlhf_rows, parse_json, score_rows
 from .served import kind
 
 VERSION_HEADER = "X-Irlfast-Reward-Version"
@@ -118,7 +118,7 @@ class RewardApp:
         rows, many = score_rows(parse_json(await request.read()))
         scores, version = await self._judge(rows, tokens)
         raw = self.options.raw
-        answers: list[Any] = [served_number(score, raw=raw) for score in scores]
+        answers: list[Any] = [score.served(raw=raw) for score in scores]
         if tokens:
             answers = [score.to_json() for score in scores]
         return _json(answers if many else answers[0], version=version)

@@ -56,22 +56,14 @@ def openrlhf_rows(value: Any) -> list[Demonstration]:
     return [_split(query, prompt, f"[{i}]") for i, (query, prompt) in enumerate(zip(queries, prompts, strict=True))]
 
 
-def served_number(score: Score, *, raw: bool) -> float:
-    """What a policy is rewarded with: normalised where the reward is, unless raw ones are asked for.
-
-    Raises:
-        ArithmeticError: it is not finite, which JSON cannot carry and no policy should be trained on.
-    """
-    number = score.reward if raw or score.normalised is None else score.normalised
-    if not math.isfinite(number):
-        raise ArithmeticError(f"the reward of a response is {number}: the reward model has diverged")
-    return number
-
-
 def openrlhf_answer(scores: Sequence[Score], *, raw: bool) -> dict[str, Any]:
-    """As OpenRLHF reads it: `rewards` to train on, `scores` to filter prompts by, `extra_logs` to log."""
-    numbers = [served_number(score, raw=raw) for score in scores]
-    return {"rewards": numbers, "scores": numbers, "extra_logs": {"raw_reward": [score.reward for score in scores]}}
+    """As OpenRLHF reads it: `rewards` to train on, `scores` in (0, 1) to filter prompts by, `extra_logs` to log."""
+    numbers = [score.served(raw=raw) for score in scores]
+    return {
+        "rewards": numbers,
+        "scores": [(1.0 + math.tanh(number / 2.0)) / 2.0 for number in numbers],  # the sigmoid, which never overflows
+        "extra_logs": {"raw_reward": [score.reward for score in scores]},
+    }
 
 
 def _row(value: Any, where: str) -> Demonstration:

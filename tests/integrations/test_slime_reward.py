@@ -221,7 +221,7 @@ def test_samples_that_are_asked_for_at_once_share_batches_and_block_nobody(score
     assert beats >= 3
     assert asyncio.run(service.score(samples[:2])) == [2.0, 3.0]  # another loop, the same thread
     slow.diverged = True
-    with pytest.raises(ArithmeticError, match="the reward is nan: the model has diverged"):
+    with pytest.raises(ArithmeticError, match="the reward of a response is nan: the reward model has diverged"):
         asyncio.run(service.score(samples[:1]))
     slow.diverged = False
     bad = Sample(index=9, prompt=[{"role": "user"}], status=COMPLETED)  # type: ignore[list-item]

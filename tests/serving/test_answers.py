@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ def test_openrlhf_is_answered_as_it_reads_it(client: Any, served: ServedReward) 
     prompts = ["w1 w2", "<s> w1 w2 w3 w4"]
     got = client("/get_reward", {"query": query, "prompts": prompts, "labels": [None, "x"]})
     want = direct(served, *pairs()[:2])
-    assert got.value["rewards"] == got.value["scores"] == pytest.approx(want, abs=1e-6)
+    assert got.value["rewards"] == pytest.approx(want, abs=1e-6)
+    assert got.value["scores"] == pytest.approx([1 / (1 + math.exp(-number)) for number in want], abs=1e-6)
     raw = got.value["extra_logs"]["raw_reward"]
     assert [(value - 1.0) / 3.0 for value in raw] == pytest.approx(want, abs=1e-6)  # -2 and 4 were seen in training
     # With several addresses it sends all it has to the first one and empty lists to the others.

@@ -7,7 +7,6 @@ that any number of event loops can wait for one reward, one after the other or a
 from __future__ import annotations
 
 import asyncio
-import math
 import queue
 import threading
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from irlfast.data import DataError, TokenizedDemonstration
-from irlfast.scorer import TextScorer
+from irlfast.scorer import Score, TextScorer
 
 from .samples import SampleReader
 
@@ -82,11 +81,13 @@ class SampleScorer:
                 future.set_exception(error)
             return
         for row, score, future in zip(rows, scores, asked, strict=True):
-            reward = score.reward if self.raw or score.normalised is None else score.normalised
-            if math.isfinite(reward):
-                future.set_result(reward)
-            else:
-                future.set_exception(ArithmeticError(f"{row.source}: the reward is {reward}: the model has diverged"))
+            self._settle(future, score, row.source)
+
+    def _settle(self, future: Future[float], score: Score, source: str) -> None:
+        try:
+            future.set_result(score.served(raw=self.raw))
+        except ArithmeticError as error:
+            future.set_exception(ArithmeticError(f"{source}: {error}"))
 
     def _row(self, sample: Any) -> TokenizedDemonstration | DataError:
         try:

@@ -76,4 +76,4 @@ class SavedReward:
             for prompt, response in zip(prompt_token_ids(prompts, tokenizer, self._template), ids, strict=True)
         ]
         scores = self.scorer.score_tokenized(rows)
-        return [float(s.reward if self.serve == "raw" or s.normalised is None else s.normalised) for s in scores]
+        return [score.served(raw=self.serve == "raw") for score in scores]
