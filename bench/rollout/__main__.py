@@ -2,6 +2,7 @@
 
 python -m bench.rollout learning    the same run sampled by TransformersEngine and by SGLang: does it learn the same?
 python -m bench.rollout overlap     SGLang with and without overlap: samples a second, and how long training waits
+python -m bench.rollout page        renews the tables of docs/sglang.md
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from irlfast.train import BiLevelTrainer
 from irlfast.train.log import read_log
 from irlfast.train.prefetch import Prefetch
 
+from ._page import Page, write_page
 from ._runs import Setting, command, start_server, with_overlap
 
 _FIGURES = ("reward_auc", "expert_token_logprob", "kl", "reward_expert", "reward_sample", "length", "repetition")
@@ -36,7 +38,7 @@ class Learning(Setting):
     """The same run sampled by TransformersEngine and by SGLang."""
 
     json: Path
-    """Where the figures go."""
+    """Where the figures go; runs of other seeds that it holds stay."""
     iterations: int = 30
     """Outer iterations of a run."""
     seeds: tuple[int, ...] = (0, 1)
@@ -59,7 +61,8 @@ class Overlap(Setting):
 
 def learning(options: Learning) -> dict[str, Any]:
     """Figures at the start and at the end of each run, and the gap between trainer and sampler over it."""
-    rows = []
+    rows: list[dict[str, Any]] = []
+    _other_seeds(options)  # refused now rather than after the runs
     server = start_server(options)
     try:
         for seed in options.seeds:
@@ -69,7 +72,17 @@ def learning(options: Learning) -> dict[str, Any]:
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     finally:
         server.close()
-    return {"iterations": options.iterations, "rows": rows}
+    return {"iterations": options.iterations, "rows": [*_other_seeds(options), *rows]}
+
+
+def _other_seeds(options: Learning) -> list[dict[str, Any]]:
+    """The file's runs of other seeds. ValueError: they are of another length."""
+    if not options.json.exists():
+        return []
+    found = json.loads(options.json.read_text(encoding="utf-8"))
+    if found["iterations"] != options.iterations:
+        raise ValueError(f"{options.json} has runs of {found['iterations']} iterations, not {options.iterations}")
+    return [row for row in found["rows"] if row["seed"] not in options.seeds]
 
 
 def _learned(options: Learning, url: str | None, seed: int) -> dict[str, float]:
@@ -156,7 +169,10 @@ def _stretch(trainer: BiLevelTrainer, iterations: int) -> dict[str, float]:
 
 def main() -> int:
     torch.set_num_threads(1)  # the other core is the server's
-    options = tyro.extras.subcommand_cli_from_dict({"learning": Learning, "overlap": Overlap})
+    options = tyro.extras.subcommand_cli_from_dict({"learning": Learning, "overlap": Overlap, "page": Page})
+    if isinstance(options, Page):
+        write_page()
+        return 0
     figures = learning(options) if isinstance(options, Learning) else overlap(options)
     provenance = _results.provenance(shlex.join(["python", "-m", "bench.rollout", *sys.argv[1:]]))
     options.json.write_text(json.dumps({"provenance": provenance, **figures}, indent=1) + "\n", encoding="utf-8")
