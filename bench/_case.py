@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Family = Literal["ours", "eager", "compile", "peer", "ceiling"]
+Family = Literal["ours", "eager", "compile", "peer", "ceiling", "yardstick"]
 FAMILY_NAMES: dict[str, str] = {"eager": "eager PyTorch", "compile": "torch.compile", "peer": "peer"}
 
 # "tuned" keeps freed memory, "default" gives every large block back: see bench/_run.py.
@@ -58,7 +58,8 @@ class Contender:
     """One way to do the work.
 
     Attributes:
-        family: "ours"; "eager", "compile" and "peer" rival it; a "ceiling" is work that bounds all of them.
+        family: "ours"; "eager", "compile" and "peer" rival it; a "ceiling" is work that bounds all of them; a
+            "yardstick" is other work, whose own gain is compared with.
         run: does it once, and returns its outputs in the order of the pass's truth.
         prepare: called before each run, outside the timing.
         nbytes: bytes that it has to move at least; 0 for those of the pass.
@@ -88,8 +89,9 @@ class Bar:
     speedup     a family                       the best of the family's time / ours, at least
     share       ceilings and how often each    their time / ours, at least
     overrun     ceilings and how often each    ours / their time, at most
-    parity      two ceilings, an op of ours    the best eager form's time / ours, over the second ceiling's time / the
-                and its eager form             first's, at least
+    parity      two yardsticks, an op of ours  the best eager form's time / ours, over the same of the yardsticks, at
+                and its eager form             least
+    peak        a yardstick                    our peak memory / its, at most
     seconds                                    one call, at most
     extra_mib                                  peak memory above inputs and outputs, at most
     error       an output                      largest error against float64, at most, or below the best eager form's
@@ -99,7 +101,7 @@ class Bar:
         further: a later aim, reported but not asked for yet.
     """
 
-    kind: Literal["speedup", "share", "overrun", "parity", "seconds", "extra_mib", "error"]
+    kind: Literal["speedup", "share", "overrun", "parity", "peak", "seconds", "extra_mib", "error"]
     limit: float
     against: str | Mapping[str, int] = ""
     malloc: str | None = None
@@ -115,6 +117,8 @@ class Bar:
             return f"at most {self.limit:.2f} x the bare {self._floor()}"
         if self.kind == "parity":
             return f"at least {self.limit:g} x what {next(iter(self.against))} gains over eager PyTorch"
+        if self.kind == "peak":
+            return f"at most {self.limit:g} x the peak memory of {self.against}"
         if self.kind == "seconds":
             return f"at most {self.limit * 1e6:g} us a call"
         if self.kind == "extra_mib":
@@ -180,6 +184,11 @@ def judge(bar: Bar, subject: str, figures: Mapping[str, Mapping[str, Any]]) -> d
             against = min(eager, key=lambda name: eager[name])
             value = eager[against] * figures[op]["ratio"] / figures[form]["ratio"]
             met = value >= bar.limit
+    elif bar.kind == "peak":
+        peaks = [figures.get(name, {}).get("peak_mib") for name in (subject, str(bar.against))]
+        if peaks[0] is not None and peaks[1]:
+            value = peaks[0] / peaks[1]
+            met = value <= bar.limit
     elif bar.kind == "seconds":
         value = figures[subject]["median_ms"] / 1e3
         met = value <= bar.limit

@@ -20,6 +20,9 @@ from bench._case import Bar, Contender, Pass, Truth, judge
 # A rival slower than SLOW seconds has LEAST_ROUNDS - 1: it stands far from where a verdict could tip.
 LEAST_ROUNDS, MOST_ROUNDS, SLOW = 3, 30, 1.0
 
+# Families that do other work than what a pass asks for.
+UNRIVALLED = ("ceiling", "yardstick")
+
 # A call shorter than this is repeated within one timing until it lasts as long.
 LEAST_SECONDS = 2e-3
 
@@ -89,7 +92,7 @@ def measure_pass(work: Pass, malloc: str, settings: Settings, clock: Clock | Non
             try:
                 errors[contender.name], seconds = _try_out(contender, work.truth, work.tolerance, clock)
             except Exception as problem:
-                if contender.family in ("ours", "ceiling"):
+                if contender.family in ("ours", *UNRIVALLED):
                     raise
                 skipped[contender.name] = f"{type(problem).__name__}: {(str(problem).strip() or '-').splitlines()[0]}"
                 clock.recover(contender.name)
@@ -136,7 +139,7 @@ def _rates(contender: Contender, work: Pass, seconds: float) -> dict[str, float 
     nbytes = contender.nbytes or work.nbytes
     return {
         "gb_per_s": nbytes / seconds / 1e9 if nbytes else None,
-        "gflop_per_s": work.flop / seconds / 1e9 if work.flop and contender.family != "ceiling" else None,
+        "gflop_per_s": work.flop / seconds / 1e9 if work.flop and contender.family not in UNRIVALLED else None,
     }
 
 
@@ -150,7 +153,7 @@ def _try_out(
 ) -> tuple[dict[str, float], float]:
     """Largest absolute error of each output, and how long a run takes about."""
     result, seconds = clock.once(contender)
-    errors = {} if contender.family == "ceiling" else check(contender.name, result, truth, tolerance)
+    errors = {} if contender.family in UNRIVALLED else check(contender.name, result, truth, tolerance)
     del result
     if contender.family == "compile" or seconds < 0.1:  # the first run compiled, or filled caches
         seconds = clock.once(contender)[1]

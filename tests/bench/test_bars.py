@@ -11,14 +11,20 @@ from bench._case import Bar, judge
 OURS = "irlfast"
 
 
+OP = {"op": 1, "eager op": 1}
+
+
 def figures(**changes: float | None) -> dict[str, dict[str, Any]]:
     mine: dict[str, Any] = {"family": "ours", "ratio": 1.0, "median_ms": 0.01, "extra_mib": 30.0, "error": {"kl": 3e-7}}
+    mine["peak_mib"] = 50.0
     return {
         OURS: {**mine, **changes},
         "eager, slow": {"family": "eager", "ratio": 9.0, "error": {"kl": 5e-7}},
         "eager, quick": {"family": "eager", "ratio": 7.5, "error": {"kl": 6e-7}},
         "compiled": {"family": "compile", "ratio": 2.9, "error": {"kl": 1e-7}},
         "read": {"family": "ceiling", "ratio": 0.92, "error": {}},
+        "op": {"family": "yardstick", "ratio": 1.1, "peak_mib": 40.0, "error": {}},
+        "eager op": {"family": "yardstick", "ratio": 8.8, "error": {}},
         "one product": {"family": "ceiling", "ratio": 0.3, "error": {}},
     }
 
@@ -37,9 +43,12 @@ def figures(**changes: float | None) -> dict[str, dict[str, Any]]:
         (Bar(kind="overrun", against={"one product": 3}, limit=1.12), 1 / 0.9, None, True),
         (Bar(kind="overrun", against={"one product": 3}, limit=1.1), 1 / 0.9, None, False),
         (Bar(kind="overrun", against={"one product": 2, "read": 1}, limit=1.0), 1 / 1.52, None, True),
-        (Bar(kind="parity", against={"one product": 1, "read": 1}, limit=2.4), 7.5 * 0.3 / 0.92, "eager, quick", True),
-        (Bar(kind="parity", against={"one product": 1, "read": 1}, limit=2.5), 7.5 * 0.3 / 0.92, "eager, quick", False),
-        (Bar(kind="parity", against={"one product": 1, "update": 1}, limit=1), None, None, None),
+        (Bar(kind="parity", against=OP, limit=0.9), 7.5 / 8, "eager, quick", True),
+        (Bar(kind="parity", against=OP, limit=1), 7.5 / 8, "eager, quick", False),
+        (Bar(kind="parity", against={"op": 1, "not run": 1}, limit=1), None, None, None),
+        (Bar(kind="peak", against="op", limit=1.3), 1.25, None, True),
+        (Bar(kind="peak", against="op", limit=1.2), 1.25, None, False),
+        (Bar(kind="peak", against="read", limit=1), None, None, None),
         (Bar(kind="seconds", limit=12e-6), 1e-5, None, True),
         (Bar(kind="seconds", limit=9e-6), 1e-5, None, False),
         (Bar(kind="extra_mib", limit=40), 30.0, None, True),
