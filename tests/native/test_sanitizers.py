@@ -30,7 +30,8 @@ def test_kernels_are_clean_under_sanitizers(tmp_path: Path, sanitizers: str) -> 
         # A thread of a CUDA kernel is a fiber, which the thread sanitizer knows nothing of.
         "IRLFAST_CUDA": "OFF" if sanitizers == "thread" else "EMULATE",
         "IRLFAST_SANITIZE": sanitizers,
-        "CMAKE_BUILD_TYPE": "RelWithDebInfo",
+        "CMAKE_BUILD_TYPE": "Debug",
+        "CMAKE_CXX_FLAGS_DEBUG": "-O1",
     }
     configure = [cmake, "-S", str(ROOT), "-B", str(tmp_path), *generator]
     run([*configure, *(f"-D{name}={value}" for name, value in options.items())])
