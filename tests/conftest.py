@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -7,6 +8,39 @@ import pytest
 import torch
 
 VOCAB, EOS, PAD, CONTEXT = 64, 2, 0, 64
+
+# With `pytest -n 2` the tests of a file run in one process, and so do all tests of these folders: what they share is a
+# server, or a build.
+TOGETHER = ("tests/packaging", "tests/rollout/sglang")
+# These take longest and begin first, so that neither process ends long before the other.
+FIRST = ("tests/rollout/sglang", "tests/cuda/test_emulation.py", "tests/native", "tests/packaging")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # one of several processes: each, and what it starts, has one core
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        items.sort(
+            key=lambda item: next((i for i, part in enumerate(FIRST) if item.nodeid.startswith(part)), len(FIRST))
+        )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of pytest-xdist, which need not be installed where `-n` is not asked for."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return next((folder for folder in TOGETHER if file.startswith(f"{folder}/")), file)
+
+    config.option.loadscopereorder = False
+    return Scheduler(config, log)
 
 
 def _config(transformers: ModuleType, family: str) -> Any:

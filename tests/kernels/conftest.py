@@ -1,8 +1,9 @@
 """Three ways to run a Triton kernel: in Triton's interpreter, compiled for a GPU that is not there, and on one that is.
 
 A test marked `interpreter` runs in a second pytest, as Triton decides on import whether to interpret; its outcome is
-shown here as if it had run here. All of them share that one process, which runs beside the other tests. The fixture
-`device` gives a test both ways: "cpu" in the interpreter and "cuda" on a GPU, where there is one.
+shown here as if it had run here. All of them share that one process, which runs beside the other tests; with
+`pytest -n`, those of a file do. The fixture `device` gives a test both ways: "cpu" in the interpreter and "cuda" on a
+GPU, where there is one.
 """
 
 from __future__ import annotations
@@ -31,9 +32,50 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 REPORT = "IRLFAST_INTERPRETER_REPORT"
 INSTALLED = importlib.util.find_spec("triton") is not None
 
-_child: subprocess.Popen[str] | None = None
-_report: Path | None = None
-_outcomes: dict[str, dict[str, str]] | None = None
+
+class Interpreter:
+    """A second pytest that runs the chosen tests in Triton's interpreter."""
+
+    def __init__(self, config: pytest.Config, chosen: list[str]) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="irlfast-interpreter-"))
+        self._outcomes: dict[str, dict[str, str]] | None = None
+        report = self._folder / "report"
+        environment = {**os.environ, "TRITON_INTERPRET": "1", REPORT: str(report)}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(config.rootpath)]
+        with (self._folder / "output").open("w") as output:
+            self._process = subprocess.Popen(
+                [*command, *chosen],
+                cwd=config.rootpath,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+
+    def outcomes(self) -> dict[str, dict[str, str]]:
+        """By the tests' names; waits for the process."""
+        if self._outcomes is None:
+            self._process.wait()
+            report = self._folder / "report"
+            lines = report.read_text().splitlines() if report.exists() else []
+            reports: list[dict[str, Any]] = [json.loads(line) for line in lines]
+            # A failure in the set-up or the tear-down of a test counts as one of the test.
+            reports.sort(key=lambda report: report["outcome"] == "failed")
+            self._outcomes = {report["test"]: report for report in reports}
+        return self._outcomes
+
+    def output(self) -> str:
+        return (self._folder / "output").read_text()
+
+    def close(self) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        shutil.rmtree(self._folder)
+
+
+# By the names of the tests.
+_interpreters: dict[str, Interpreter] = {}
 
 
 @pytest.fixture
@@ -91,23 +133,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    global _child, _report
-    chosen = [item.nodeid for item in session.items if item.path.is_relative_to(HERE) and _interpreted(item)]
-    if INTERPRETING or not INSTALLED or not chosen or session.config.option.collectonly:
-        return
-    folder = Path(tempfile.mkdtemp(prefix="irlfast-interpreter-"))
-    _report = folder / "report"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", REPORT: str(_report)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", session.config.rootpath]
-    with (folder / "output").open("w") as output:
-        _child = subprocess.Popen(
-            [str(part) for part in (*command, *chosen)],
-            cwd=session.config.rootpath,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    # A worker of pytest-xdist does not know which of the tests it will be given.
+    if not session.config.option.collectonly and not hasattr(session.config, "workerinput"):
+        _start_interpreter(session, HERE)
+
+
+def _start_interpreter(session: pytest.Session, where: Path) -> None:
+    """For all its tests in a folder or a file."""
+    chosen = [item.nodeid for item in session.items if item.path.is_relative_to(where) and _interpreted(item)]
+    if chosen and INSTALLED and not INTERPRETING:
+        _interpreters.update(dict.fromkeys(chosen, Interpreter(session.config, chosen)))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -123,10 +158,12 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if INTERPRETING or not _interpreted(pyfuncitem):
         return None
-    outcome = _collect_outcomes().get(pyfuncitem.nodeid)
+    if pyfuncitem.nodeid not in _interpreters:
+        _start_interpreter(pyfuncitem.session, pyfuncitem.path)
+    interpreter = _interpreters[pyfuncitem.nodeid]
+    outcome = interpreter.outcomes().get(pyfuncitem.nodeid)
     if outcome is None:
-        assert _report is not None
-        output = (_report.parent / "output").read_text()
+        output = interpreter.output()
         pytest.fail(f"the interpreter's process ended before this test:\n{output[-4000:]}", pytrace=False)
     if outcome["outcome"] == "skipped":
         pytest.skip(outcome["text"])
@@ -164,27 +201,9 @@ def _modules(function: Any) -> list[ModuleType]:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if _child is not None and _child.poll() is None:
-        _child.kill()
-        _child.wait()
-    if _report is not None:
-        shutil.rmtree(_report.parent)
+    for interpreter in set(_interpreters.values()):
+        interpreter.close()
 
 
 def _interpreted(item: pytest.Item) -> bool:
     return item.get_closest_marker("interpreter") is not None
-
-
-def _collect_outcomes() -> dict[str, dict[str, str]]:
-    """By the tests' names; waits for the interpreter's process."""
-    global _outcomes
-    if _outcomes is None:
-        assert _child is not None
-        assert _report is not None
-        _child.wait()
-        lines = _report.read_text().splitlines() if _report.exists() else []
-        reports: list[dict[str, Any]] = [json.loads(line) for line in lines]
-        # A failure in the set-up or the tear-down of a test counts as one of the test.
-        reports.sort(key=lambda report: report["outcome"] == "failed")
-        _outcomes = {report["test"]: report for report in reports}
-    return _outcomes
