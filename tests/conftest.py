@@ -1,3 +1,4 @@
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+
+# torch's compiler imports setuptools, which warns where some test has imported distutils before.
+with contextlib.suppress(ImportError):
+    import setuptools  # noqa: F401
 
 VOCAB, EOS, PAD, CONTEXT = 64, 2, 0, 64
 
