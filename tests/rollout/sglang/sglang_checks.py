@@ -38,6 +38,12 @@ def assert_as_exact(found: Tensor, single: Tensor, exact: Tensor) -> None:
     assert gap <= own + 1e-5, f"{gap:.3g} from float64, transformers {own:.3g}"
 
 
+def assert_sampled_apart(batch: Sequences, n: int) -> None:
+    """A prompt's n samples are n samples. Two short ones of a prompt may be alike; not so of every prompt."""
+    rows = [tuple(row) for row in batch.input_ids.tolist()]
+    assert any(len(set(rows[low : low + n])) == n for low in range(0, len(rows), n))
+
+
 def changed(policy: Any, scale: float = 0.05) -> None:
     """Move every weight by noise of `scale` times its tensor's standard deviation, the same each time."""
     with torch.no_grad():

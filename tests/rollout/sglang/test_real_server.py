@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from sglang_checks import EOS, PAD, assert_as_exact, assert_close, changed, logits_of, logprobs_of
+from sglang_checks import EOS, PAD, assert_as_exact, assert_close, assert_sampled_apart, changed, logits_of, logprobs_of
 
 from irlfast.integrations import slime
 from irlfast.losses import policy_loss
@@ -41,8 +41,7 @@ def test_logprobs_and_hidden_states_are_those_of_transformers(
     assert_as_exact(rollouts.sampler_logprobs, single[1], exact[1])
     assert rollouts.hidden_states is not None
     assert_as_exact(rollouts.hidden_states, states, exact_states)
-    # Three samples of a prompt are three samples.
-    assert len({tuple(row) for row in rollouts.input_ids[:3].tolist()}) == 3
+    assert_sampled_apart(rollouts, 3)
 
 
 def test_logprobs_are_those_of_transformers_without_hidden_states(
@@ -86,7 +85,7 @@ def test_truncated_sampling_reports_the_renormalised_logprobs(
     )
     assert_close(rollouts.sampler_logprobs[rollouts.response_mask], expected[:, 0].log().float())
     assert_close(rollouts.model_logprobs, logprobs_of(policy, rollouts))
-    assert len({tuple(row) for row in rollouts.input_ids[:3].tolist()}) == 3
+    assert_sampled_apart(rollouts, 3)
 
 
 def test_pooled_hidden_states(engine: SGLangEngine, policy: Any, prompts: list[list[int]]) -> None:
