@@ -1,8 +1,8 @@
 """Reward extraction with a known truth, on toxicity labels, and on human preferences.
 
-    python -m bench.experiments.extraction known --data ../shared/data --work /tmp/extraction
-    python -m bench.experiments.extraction toxicity --data ../shared/data --work /tmp/extraction
-    python -m bench.experiments.extraction preferences --data ../shared/data --work /tmp/extraction
+    python -m bench.experiments.extraction known --data ../shared/data --work runs/extraction
+    python -m bench.experiments.extraction toxicity --data ../shared/data --work runs/extraction
+    python -m bench.experiments.extraction preferences --data ../shared/data --work runs/extraction
     python -m bench.experiments.extraction_report
 
 `known` runs `irlfast pipeline` for each true reward and seed and adds a line to docs/results/extraction_known.jsonl;
