@@ -224,15 +224,17 @@ def test_a_server_killed_mid_batch_is_started_again_with_the_weights_it_had(
 
     To a second engine that is attached to the same address, this is a server that somebody restarted by hand.
     """
-    params = SamplingParams(max_new_tokens=200, n=4)
+    # More than the server holds at once, so that no machine is done with it before the kill.
+    params = SamplingParams(max_new_tokens=300, n=8)
     changed(policy, 0.1)
     engine.update_weights(None, 3)
     bystander = attach(engine.server.url, options=SGLangOptions())
     bystander.update_weights(None, 7)
     engine.update_weights(None, 3)
+    scheduler = scheduler_of(engine)
     sampling = Sampling(engine, prompts, params)
     time.sleep(0.5)
-    os.kill(scheduler_of(engine), signal.SIGKILL)
+    os.kill(scheduler, signal.SIGKILL)
     start = time.monotonic()
     rollouts = sampling.wait()
     seconds = time.monotonic() - start
