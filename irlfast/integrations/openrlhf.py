@@ -71,16 +71,17 @@ class RewardFunction:
 
         Raises:
             ValueError: a query that does not begin with its prompt, or has nothing after it.
+            ArithmeticError: a reward that is not finite.
         """
         try:
             with self._one_at_a_time:
                 rows = [self._tokenize(query, prompt) for query, prompt in zip(queries, prompts, strict=True)]
                 scores = self.scorer.score_tokenized(rows)
+            rewards = torch.tensor([score.served() for score in scores])
         except Exception:
             _log.exception("no reward for %d samples", len(queries))
             raise
         raw = torch.tensor([score.reward for score in scores])
-        rewards = torch.tensor([score.served() for score in scores])
         return {"rewards": rewards, "scores": rewards.sigmoid(), "extra_logs": {"raw_reward": raw}}
 
     def _tokenize(self, query: str, prompt: str) -> TokenizedDemonstration:

@@ -105,6 +105,12 @@ def test_what_it_cannot_judge_is_in_the_log(saved: Path, caplog: pytest.LogCaptu
     assert "no reward for 1 samples" in caplog.text
     with pytest.raises(ValueError, match="no response"):
         function(["w0"], ["w0"], [""])
+    caplog.clear()
+    with torch.no_grad():
+        next(function.scorer.reward.parameters()).fill_(torch.nan)
+    with caplog.at_level(logging.ERROR), pytest.raises(ArithmeticError, match="diverged"):
+        function(["w0 w1"], ["w0"], [""])
+    assert "no reward for 1 samples" in caplog.text
 
 
 def test_without_a_reward_it_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
