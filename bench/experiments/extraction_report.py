@@ -17,26 +17,26 @@ from bench.experiments.page import PAGE, RESULTS, Tables, markdown, renew
 
 Row = dict[str, Any]
 
-KNOWN: dict[str, Callable[[Row], float]] = {
-    "order of tuned over base": lambda row: row["extraction"]["accuracy"],
-    "order of the true reward": lambda row: row["extraction"]["truth_accuracy"],
-    "- by TF-IDF": lambda row: row["tfidf"]["truth_accuracy"],
-    "Pearson with the true reward": lambda row: row["extraction"]["pearson"],
-    "- by TF-IDF ": lambda row: row["tfidf"]["pearson"],
-    "Spearman": lambda row: row["extraction"]["spearman"],
-    "- by TF-IDF  ": lambda row: row["tfidf"]["spearman"],
-    "Spearman of reward and length": lambda row: row["extraction"]["length_spearman"],
-    "Spearman of two starts' rewards": lambda row: row["identifiability"]["spearman_min"],
-    "distance of two starts' rewards": lambda row: row["identifiability"]["distance_max"],
-    "true reward: base": lambda row: row["start"]["true_reward"],
-    "- tuned on it": lambda row: row["tuned"]["true_reward"],
-    "- tuned on what was extracted": lambda row: row["retuned"]["true_reward"],
-    "KL: tuned on the true reward": lambda row: row["tuned"]["kl"],
-    "- tuned on what was extracted ": lambda row: row["retuned"]["kl"],
-    "share of the gain, at the end": lambda row: row["gain_share"],
-    "equal KL": lambda row: row["equal_kl"],
-    "share of the gain, at equal KL": lambda row: row["gain_share_at_equal_kl"],
-}
+KNOWN: tuple[tuple[str, Callable[[Row], float]], ...] = (
+    ("order of tuned over base", lambda row: row["extraction"]["accuracy"]),
+    ("order of the true reward", lambda row: row["extraction"]["truth_accuracy"]),
+    ("- by TF-IDF", lambda row: row["tfidf"]["truth_accuracy"]),
+    ("Pearson with the true reward", lambda row: row["extraction"]["pearson"]),
+    ("- by TF-IDF", lambda row: row["tfidf"]["pearson"]),
+    ("Spearman", lambda row: row["extraction"]["spearman"]),
+    ("- by TF-IDF", lambda row: row["tfidf"]["spearman"]),
+    ("Spearman of reward and length", lambda row: row["extraction"]["length_spearman"]),
+    ("Spearman of two starts' rewards", lambda row: row["identifiability"]["spearman_min"]),
+    ("distance of two starts' rewards", lambda row: row["identifiability"]["distance_max"]),
+    ("true reward: base", lambda row: row["start"]["true_reward"]),
+    ("- tuned on it", lambda row: row["tuned"]["true_reward"]),
+    ("- tuned on what was extracted", lambda row: row["retuned"]["true_reward"]),
+    ("KL: tuned on the true reward", lambda row: row["tuned"]["kl"]),
+    ("- tuned on what was extracted", lambda row: row["retuned"]["kl"]),
+    ("share of the gain, at the end", lambda row: row["gain_share"]),
+    ("equal KL", lambda row: row["equal_kl"]),
+    ("share of the gain, at equal KL", lambda row: row["gain_share_at_equal_kl"]),
+)
 FILES = {
     "toxicity": "tweets",
     "toxicity_shuffled": "tweets, labels shuffled, mean of 8",
@@ -68,8 +68,8 @@ def known_table() -> str:
     """A line a figure, a column a true reward."""
     chains = {name: [row for row in known() if row["true_reward"] == name] for name in TRUE_REWARDS}
     rows = [["", *(f"`{name}`, {len(found)} seeds" for name, found in chains.items())]]
-    for label, figure in KNOWN.items():
-        rows.append([label.strip(), *(interval([figure(row) for row in found]) for found in chains.values())])
+    for label, figure in KNOWN:
+        rows.append([label, *(interval([figure(row) for row in found]) for found in chains.values())])
     return markdown(rows)
 
 

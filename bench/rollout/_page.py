@@ -12,18 +12,18 @@ from bench.experiments.page import RESULTS, Tables, markdown, renew
 
 PAGE = RESULTS.parent / "sglang.md"
 Row = dict[str, Any]
-_FIGURES = {
-    "reward AUC, real against generated, at the start": ("start/reward_auc", ".3f"),
-    "- at the end": ("end/reward_auc", ".3f"),
-    "log-prob of a real token, at the start": ("start/expert_token_logprob", ".3f"),
-    "- at the end ": ("end/expert_token_logprob", ".3f"),
-    "KL to the start, nats a response": ("end/kl", ".2f"),
-    "length": ("end/length", ".1f"),
-    "repeated 4-grams": ("end/repetition", ".4f"),
-    "reward loss, last ten iterations": ("reward_loss_last_10", ".2f"),
-    "gap between trainer and sampler, mean": ("gap_mean", ".1e"),
-    "- largest": ("gap_max", ".1e"),
-}
+_FIGURES = (
+    ("reward AUC, real against generated, at the start", "start/reward_auc", ".3f"),
+    ("- at the end", "end/reward_auc", ".3f"),
+    ("log-prob of a real token, at the start", "start/expert_token_logprob", ".3f"),
+    ("- at the end", "end/expert_token_logprob", ".3f"),
+    ("KL to the start, nats a response", "end/kl", ".2f"),
+    ("length", "end/length", ".1f"),
+    ("repeated 4-grams", "end/repetition", ".4f"),
+    ("reward loss, last ten iterations", "reward_loss_last_10", ".2f"),
+    ("gap between trainer and sampler, mean", "gap_mean", ".1e"),
+    ("- largest", "gap_max", ".1e"),
+)
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ def learning_table() -> str:
     rows: list[Row] = _read("sglang_learning.json")["rows"]
     engines = {name: [row for row in rows if row["engine"] == name] for name in ("transformers", "sglang")}
     table = [["", *(f"{name}, {len(mine)} seeds" for name, mine in engines.items())]]
-    for label, (key, form) in _FIGURES.items():
-        table.append([label.strip(), *(_spread([row[key] for row in mine], form) for mine in engines.values())])
+    for label, key, form in _FIGURES:
+        table.append([label, *(_spread([row[key] for row in mine], form) for mine in engines.values())])
     return markdown(table)
 
 
