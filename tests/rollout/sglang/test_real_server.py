@@ -57,6 +57,26 @@ def test_logprobs_are_those_of_transformers_without_hidden_states(
     assert surprise == pytest.approx(float(distribution.entropy().mean()), abs=0.15)
 
 
+def test_first_tokens_are_drawn_from_the_model(engine: SGLangEngine, policy: Any, prompts: list[list[int]]) -> None:
+    """1,024 draws by a chi-square test, which notices another temperature."""
+    stats = pytest.importorskip("scipy.stats")
+    rollouts = engine.generate([prompts[-1]] * 32, SamplingParams(max_new_tokens=1, n=32))
+    drawn = rollouts.input_ids[rollouts.response_mask]
+    with torch.no_grad():
+        logits = policy(torch.tensor([prompts[-1]])).logits[0, -1].double()
+
+    def p_value(temperature: float) -> float:
+        expected = torch.softmax(logits / temperature, -1) * len(drawn)
+        counts = torch.bincount(drawn, minlength=len(expected)).double()
+        usual = expected >= 5
+        found, wanted = (torch.cat([x[usual], x[~usual].sum()[None]]).numpy() for x in (counts, expected))
+        return float(stats.chisquare(found, wanted).pvalue)
+
+    assert len(drawn) == 1024
+    assert p_value(1.0) > 1e-6
+    assert p_value(1.6) < 1e-6
+
+
 def test_greedy_decoding_is_that_of_transformers(engine: SGLangEngine, policy: Any, prompts: list[list[int]]) -> None:
     params = SamplingParams(max_new_tokens=16, temperature=0.0)
     found, expected = engine.generate(prompts, params), transformers_engine(policy).generate(prompts, params)
